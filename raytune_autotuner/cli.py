@@ -1,0 +1,174 @@
+"""The front door: arguments in, exit code out.
+
+Exit codes: 0 done; 1 the study ended without a usable result; 2 wrong use, nothing was started; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raytune_autotuner import __version__
+from raytune_autotuner.study.errors import AutotunerError, ConfigError
+
+OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+_PROGRAM = "python -m raytune_autotuner"
+_EPILOG = """\
+exit codes:
+  0    done
+  1    the study ended without a usable result
+  2    wrong use, nothing was started
+  130  interrupted; what was measured is kept
+
+examples:
+  python -m raytune_autotuner configs/llama.yaml
+  python -m raytune_autotuner configs/llama.yaml --set search.trials=20 --set trial.timeout_s=5m
+  python -m raytune_autotuner logs results/llama-cpu-20260101-120000 3 --engine --follow
+  python -m raytune_autotuner diagnose engine.log --exit-code 1
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] not in _COMMANDS and not arguments[0].startswith("-"):
+        arguments.insert(0, "run")
+    elif arguments and arguments[0].startswith("-") and arguments[0] not in {"-h", "--help", "--version"}:
+        arguments.insert(0, "run")
+    parsed = _parser().parse_args(arguments)
+    try:
+        if platform.system() != "Linux":
+            raise ConfigError(f"raytune_autotuner runs on Linux, but this is {platform.system()}.")
+        return int(_COMMANDS[parsed.command](parsed))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+    except AutotunerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NO_RESULT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return NO_RESULT
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.study.study import load_study
+
+    overrides = list(arguments.set)
+    if arguments.trials is not None:
+        overrides.append(f"search.trials={arguments.trials}")
+    study = load_study(arguments.study, overrides)
+    from raytune_autotuner.tune.run import run_study
+
+    return run_study(study, arguments.results, address=arguments.address, verbose=arguments.verbose)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.report.logs import read_log
+    from raytune_autotuner.report.results import ResultsFolder
+
+    which = "engine" if arguments.engine else "load" if arguments.load else "trial"
+    if arguments.trial is None and which != "trial":
+        raise ConfigError(f"--{which} needs a trial's number: {_PROGRAM} logs RESULTS TRIAL --{which}")
+    folder = ResultsFolder.open(arguments.results)
+    for line in read_log(folder, arguments.trial, which=which, since=arguments.since, follow=arguments.follow):
+        print(line, flush=arguments.follow)
+    return OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.summary import render_status
+
+    print(render_status(ResultsFolder.open(arguments.results)))
+    return OK
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.engine.reading import diagnose
+
+    try:
+        with arguments.log.open(encoding="utf-8", errors="replace") as lines:
+            diagnosis = diagnose(lines, exit_code=arguments.exit_code)
+    except OSError as error:
+        raise ConfigError(f"{arguments.log}: cannot be read: {error.strerror or error}.") from error
+    failure = diagnosis.failure
+    stage = None if diagnosis.stage is None else str(diagnosis.stage)
+    found = {"stage": stage, "kind": None, "blame": None, "evidence": None, "remedy": None}
+    if failure is not None:
+        found |= {name: str(getattr(failure, name)) for name in found}
+    if arguments.json:
+        print(json.dumps(found))
+    elif failure is None:
+        print(f"no failure; stage reached: {stage or 'none'}")
+    else:
+        print("\n".join(f"{name:<9} {value}" for name, value in found.items()))
+    return OK
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.engine.processes import sweep_orphans
+    from raytune_autotuner.report.results import ResultsFolder
+
+    ended = sweep_orphans()
+    runs = ResultsFolder.runs(arguments.results)
+    sizes = {run.path: sum(f.stat().st_size for f in run.path.rglob("*") if f.is_file()) for run in runs}
+    if arguments.json:
+        answer = {"ended": [pid for pid, _ in ended], "results": {str(path): size for path, size in sizes.items()}}
+        print(json.dumps(answer))
+        return OK
+    print(f"{len(ended)} left-over process{'' if len(ended) == 1 else 'es'} ended.")
+    for path, size in sizes.items():
+        print(f"{size / 1e6:10.1f} MB  {path}")
+    print(f"{sum(sizes.values()) / 1e6:10.1f} MB  in {len(sizes)} runs under {arguments.results}; delete what you do not need.")
+    return OK
+
+
+_COMMANDS = {"run": _run, "logs": _logs, "status": _status, "diagnose": _diagnose, "clean": _clean}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="Finds the engine settings to run, for a model, its hardware, its traffic and its promises.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"raytune_autotuner {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STUDY.yaml | COMMAND")
+    _add_run(commands.add_parser("run", help="run a study; the word `run` may be left out"))
+    _add_logs(commands.add_parser("logs", help="read the logs of a study or of one trial"))
+    status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
+    status.add_argument("results", type=Path, metavar="RESULTS")
+    diagnose = commands.add_parser("diagnose", help="why an engine failed, read from its log")
+    diagnose.add_argument("log", type=Path, metavar="ENGINE_LOG")
+    diagnose.add_argument("--exit-code", type=int, help="of the engine, negative or above 128 for a signal")
+    diagnose.add_argument("--json", action="store_true")
+    clean = commands.add_parser("clean", help="end what a crash left running; say what old results weigh")
+    clean.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
+    clean.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("study", type=Path, metavar="STUDY.yaml")
+    run.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="parent of the run's own folder")
+    run.add_argument("--trials", type=int, metavar="N", help="same as --set search.trials=N")
+    run.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key of the study")
+    run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")
+    run.add_argument("-v", "--verbose", action="store_true")
+
+
+def _add_logs(logs: argparse.ArgumentParser) -> None:
+    logs.add_argument("results", type=Path, metavar="RESULTS")
+    logs.add_argument("trial", type=int, nargs="?", metavar="TRIAL")
+    logs.add_argument("--engine", action="store_true", help="the engine's own log")
+    logs.add_argument("--load", action="store_true", help="the load client's log")
+    logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("--since", metavar="TIME", help="ISO time, or an age such as 10m")

@@ -1,0 +1,55 @@
+"""What an engine is to the rest of the house: a command, a URL, and a way to read its log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raytune_autotuner.engine.reading import LogRules
+from raytune_autotuner.study.space import Params
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An engine server's command: argument list (never a shell line) and the environment variables it adds."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+class Engine(Protocol):
+    """An inference engine of a study. Implementations hold the study's model and fixed arguments."""
+
+    @property
+    def rules(self) -> LogRules:
+        """How its log tells stages and failures."""
+
+    @property
+    def served_model(self) -> str:
+        """The model name that requests carry."""
+
+    def preflight(self) -> None:
+        """Raise `ConfigError` where no trial could ever start: engine not installed, model or parameter unknown."""
+
+    def launch(self, params: Params, port: int) -> Launch:
+        """The command that serves the setting `params` on 127.0.0.1:`port`."""
+
+    def launch_lines(self, params: Params) -> tuple[str, str]:
+        """(a shell line that works on this machine, the plain form for elsewhere), for people to paste."""
+
+    def parallel_size(self, params: Params) -> int:
+        """GPUs that the setting needs where GPUs are used: tensor x pipeline x data parallel size."""
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether it runs on GPUs where there are some."""
+
+    def defaults(self) -> dict[str, Any]:
+        """The values in force at the baseline for parameters of the space, as far as the engine tells."""
+
+    def config_model(self) -> str:
+        """What the engine is given to load."""
+
+    def versions(self) -> dict[str, str]:
+        """Package to version, of the engine and what its speed rests on."""

@@ -1,0 +1,110 @@
+"""The simulated engine as an engine of a study: this Python's own server process, with vLLM's flag names."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+from raytune_autotuner import __version__
+from raytune_autotuner.engine.contract import Launch
+from raytune_autotuner.engine.reading import SIMULATED_RULES, LogRules
+from raytune_autotuner.engine.simulated.setting import Hardware, Setting, known_flags, nearest_flag
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.space import Choice, Params, format_value
+from raytune_autotuner.study.study import Study
+
+_SERVER_FLAGS = {"fault", "seed"}
+
+
+class SimulatedEngine:
+    """The simulated server for one study; holds no GPU and needs no model."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    @property
+    def rules(self) -> LogRules:
+        """It prints as vLLM does."""
+        return SIMULATED_RULES
+
+    @property
+    def served_model(self) -> str:
+        """The study's model, by whatever name."""
+        return self._study.model
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Its devices are simulated."""
+        return False
+
+    def preflight(self) -> None:
+        """Raise `ConfigError` for a flag that it does not have, or a value that it cannot read."""
+        fixed = {name: [value] for name, value in self._study.engine.args.items()}
+        space = {p.name: _values(p.distribution) for p in self._study.space.parameters}
+        for where, flags in (("engine.args", fixed), ("search_space", space)):
+            for name, values in flags.items():
+                if not name.startswith("env:"):
+                    _check(f"{where}.{name}", name, values)
+
+    def defaults(self) -> dict[str, Any]:
+        """The values in force at the baseline for parameters of the space."""
+        in_force = {**known_flags(), **self._study.fixed}
+        return {name: in_force[name] for name in self._study.space.by_name if in_force.get(name) is not None}
+
+    def config_model(self) -> str:
+        """The name of the model; nothing is loaded."""
+        return self._study.model
+
+    def launch(self, params: Params, port: int) -> Launch:
+        """The command that serves `params` on 127.0.0.1:`port`."""
+        setting = self._study.setting(params)
+        variables = {k.removeprefix("env:"): format_value(v) for k, v in setting.items() if k.startswith("env:")}
+        return Launch(tuple(self._command(params, port)), variables)
+
+    def launch_lines(self, params: Params) -> tuple[str, str]:
+        """The same line twice: there is no engine elsewhere to launch."""
+        line = shlex.join(self._command(params, 8000))
+        return line, line
+
+    def parallel_size(self, params: Params) -> int:
+        """Tensor x pipeline parallel size, of simulated devices."""
+        setting = self._study.setting(params)
+        return int(setting.get("tensor-parallel-size", 1)) * int(setting.get("pipeline-parallel-size", 1))
+
+    def versions(self) -> dict[str, str]:
+        """It is part of this package."""
+        return {"simulated": __version__}
+
+    def _command(self, params: Params, port: int) -> list[str]:
+        program = [sys.executable, "-m", "raytune_autotuner.engine.simulated"]
+        address = ["--host", "127.0.0.1", "--port", str(port), "--model", self._study.model]
+        setting = self._study.setting(params)
+        return program + address + [part for k, v in setting.items() if not k.startswith("env:") for part in _flag(k, v)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [f"--{name}={format_value(one)}" for one in values]
+
+
+def _values(distribution: Any) -> list[Any]:
+    return list(distribution.values) if isinstance(distribution, Choice) else [distribution.low, distribution.high]
+
+
+def _check(where: str, name: str, values: list[Any]) -> None:
+    if name in _SERVER_FLAGS:
+        return
+    if name not in known_flags():
+        nearest = nearest_flag(name)
+        raise ConfigError(f"{where}: the simulated engine has no flag --{name}." + (f" Did you mean {nearest!r}?" if nearest else ""))
+    for value in values:
+        try:
+            Setting.from_params({name: value})
+            Hardware.from_params({name: value})
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error

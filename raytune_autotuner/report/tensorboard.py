@@ -1,0 +1,182 @@
+"""TensorBoard's event files of a study: scalars a round and a trial, and a line a trial in its HParams table.
+
+A trial's events lie in the trial's own folder, which makes it a run of that name; the study's folder is a run too, over
+trial numbers. What the HParams table shows is stated once for the study, so that a trial that failed before it had
+any metric stands in it beside the others. Dots and groups are TensorBoard's: `latency/ttft_ms_p90`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from raytune_autotuner.report.events import promised_metrics
+from raytune_autotuner.report.masking import mask_values
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.verdict import best_so_far
+from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.space import Choice, Parameter, format_value
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialRow
+
+if TYPE_CHECKING:
+    from tensorboardX import FileWriter
+
+_PLUGIN = "hparams"
+_GROUPS = (
+    ("latency", ("ttft_", "tpot_", "itl_", "e2el_")),
+    ("throughput", ("output_throughput", "input_throughput", "total_throughput", "request_throughput")),
+    ("goodput", ("goodput", "slo_attainment")),
+)
+_OUTCOMES = ("score", "relative", "penalty", "violation", "stage")
+
+
+def tag(metric: str) -> str:
+    """The metric's name under its group.
+
+    >>> tag("ttft_ms_p90@c16")
+    'latency/ttft_ms_p90@c16'
+    """
+    return f"{next((group for group, prefixes in _GROUPS if metric.startswith(prefixes)), 'requests')}/{metric}"
+
+
+class TensorBoardWriter:
+    """Writes a study's event files as its trials go on; close it at the end."""
+
+    def __init__(self, folder: ResultsFolder, study: Study) -> None:
+        self._folder = folder
+        self._study = study
+        self._ended: list[TrialRow] = []
+        self._trials: dict[int, FileWriter] = {}
+        self._root = _writer(folder.path)
+        self._root.add_summary(_experiment(study))
+        self._root.flush()
+
+    def round(self, row: TrialRow, number: int, metrics: Mapping[str, float]) -> None:
+        """A running trial has finished its round `number`: what was measured in it."""
+        writer = self._trial(row)
+        for name, value in metrics.items():
+            _add_scalar(writer, tag(name), value, number)
+        writer.flush()
+
+    def ended(self, row: TrialRow) -> None:
+        """A trial has ended, however it did."""
+        self._ended.append(row)
+        writer = self._trial(row)
+        rounds = self._study.workload.rounds
+        for name, value in _final_scalars(row):
+            _add_scalar(writer, name, value, rounds)
+        writer.add_summary(_session_end(row.state is State.MEASURED))
+        del self._trials[row.number]
+        writer.close()
+        self._over_trials(row)
+
+    def close(self) -> None:
+        """Write out and close all files; closing twice is harmless."""
+        for writer in [*self._trials.values(), self._root]:
+            writer.close()
+        self._trials.clear()
+
+    def _trial(self, row: TrialRow) -> FileWriter:
+        if row.number not in self._trials:
+            writer = _writer(self._folder.trial_dir(row.number, row.trial_id))
+            writer.add_summary(_session_start(self._study, row))
+            self._trials[row.number] = writer
+        return self._trials[row.number]
+
+    def _over_trials(self, row: TrialRow) -> None:
+        """The study's own curves, whose steps are trial numbers."""
+        for name, value in _outcome(row):
+            _add_scalar(self._root, f"study/{name}", value, row.number)
+        best = best_so_far(self._ended, self._study.objective.direction)
+        if best is not None and best.score is not None:
+            _add_scalar(self._root, "study/best_score", best.score, row.number)
+        self._root.flush()
+
+
+def _writer(path: Any) -> FileWriter:
+    from tensorboardX import FileWriter
+
+    return FileWriter(str(path))
+
+
+def _add_scalar(writer: FileWriter, name: str, value: float, step: int) -> None:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    writer.add_summary(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step)
+
+
+def _outcome(row: TrialRow) -> Iterator[tuple[str, float]]:
+    """Score or penalty, never both; the stage as its place in a trial's life, from 0."""
+    for name in ("score", "relative", "penalty", "violation"):
+        value = getattr(row, name)
+        if value is not None:
+            yield name, float(value)
+    failure = row.result.failure
+    if failure is not None or row.state is State.MEASURED:
+        yield "stage", float((failure.stage if failure else Stage.LOAD).order)
+
+
+def _final_scalars(row: TrialRow) -> Iterator[tuple[str, float]]:
+    yield from ((f"outcome/{name}", value) for name, value in _outcome(row))
+    yield from ((tag(name), value) for name, value in row.result.metrics.items())
+    yield from ((f"seconds/{phase}", value) for phase, value in row.result.seconds.items())
+
+
+def _session_start(study: Study, row: TrialRow) -> Any:
+    """The trial's parameters, as its line in the HParams table; the baseline's where the study fixes them."""
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
+
+    start = SessionStartInfo()
+    values = mask_values({**study.fixed, **row.params})
+    for parameter in study.space.parameters:
+        if parameter.name in values:
+            _set(start.hparams[parameter.name], _kind(parameter), values[parameter.name])
+    start.hparams["trial"].string_value = f"{row.number} {row.name}".strip()
+    return _summary("_hparams_/session_start_info", HParamsPluginData(session_start_info=start, version=0))
+
+
+def _session_end(success: bool) -> Any:
+    from tensorboardX.proto.api_pb2 import Status
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
+
+    status = Status.Value("STATUS_SUCCESS" if success else "STATUS_FAILURE")
+    end = SessionEndInfo(status=status)
+    return _summary("_hparams_/session_end_info", HParamsPluginData(session_end_info=end, version=0))
+
+
+def _experiment(study: Study) -> Any:
+    """The columns of the HParams table."""
+    from tensorboardX.proto.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    columns = {"trial": "STRING", **{parameter.name: _kind(parameter) for parameter in study.space.parameters}}
+    hparams = [HParamInfo(name=name, type=DataType.Value(f"DATA_TYPE_{kind}")) for name, kind in columns.items()]
+    tags = {f"outcome/{name}": name for name in _OUTCOMES} | {tag(name): name for name in promised_metrics(study)}
+    metrics = [MetricInfo(name=MetricName(tag=name), display_name=shown) for name, shown in tags.items()]
+    experiment = Experiment(name=study.study, hparam_infos=hparams, metric_infos=metrics)
+    return _summary("_hparams_/experiment", HParamsPluginData(experiment=experiment, version=0))
+
+
+def _kind(parameter: Parameter) -> str:
+    """How the table takes a parameter's values: numbers to filter by range, else text."""
+    distribution = parameter.distribution
+    if not isinstance(distribution, Choice) or distribution.ordered:
+        return "FLOAT64"
+    return "BOOL" if all(isinstance(value, bool) for value in distribution.values) else "STRING"
+
+
+def _set(cell: Any, kind: str, value: Any) -> None:
+    if kind == "FLOAT64" and isinstance(value, (int, float)):
+        cell.number_value = float(value)
+    elif kind == "BOOL" and isinstance(value, bool):
+        cell.bool_value = value
+    else:
+        cell.string_value = format_value(value)
+
+
+def _summary(name: str, content: Any) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+
+    plugin = SummaryMetadata.PluginData(plugin_name=_PLUGIN, content=content.SerializeToString())
+    return Summary(value=[Summary.Value(tag=name, metadata=SummaryMetadata(plugin_data=plugin))])

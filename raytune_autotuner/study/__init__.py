@@ -1,0 +1,1 @@
+"""What is asked: the study file, the search space, and the nouns that all rooms speak of. Pure data."""

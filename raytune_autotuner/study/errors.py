@@ -1,0 +1,34 @@
+"""What can go wrong, as a tree.
+
+AutotunerError
+├── ConfigError     the study file, the command line or the machine is not fit: nothing was started (exit code 2)
+├── StudyError      the study cannot go on: ends with what was measured (exit code 1)
+└── TrialFailed     one trial failed; carries its `Failure` to the trial boundary
+"""
+
+from __future__ import annotations
+
+from raytune_autotuner.study.failure import Failure
+
+
+class AutotunerError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigError(AutotunerError):
+    """Wrong use: names the place, the value and what would be right, in one to three lines."""
+
+
+class StudyError(AutotunerError):
+    """The study as a whole cannot go on."""
+
+
+class TrialFailed(AutotunerError):
+    """A trial failed; `failure` says at which stage, of what kind, and whose fault it is."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+    def __reduce__(self) -> tuple[type[TrialFailed], tuple[Failure]]:
+        return (TrialFailed, (self.failure,))

@@ -1,0 +1,215 @@
+"""The search space: which parameters, over which distributions, under which conditions.
+
+A parameter is an engine flag without its dashes (`max-num-seqs`) or `env:NAME`, an environment variable of the
+engine. Pure data: samplers live in `tune/`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.expressions import Expression, parse_expression
+
+Params: TypeAlias = Mapping[str, Any]
+"""A setting: parameter name to value. Empty for the baseline."""
+
+_KINDS = ("int", "float", "choice", "bool")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; `step` and `log` exclude each other."""
+
+    type: Literal["int", "float"]
+    low: float
+    high: float
+    step: float | None = None
+    log: bool = False
+
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite for a float range without a step."""
+        if self.type == "float" and self.step is None:
+            return math.inf if self.high > self.low else 1
+        return math.floor((self.high - self.low) / (self.step or 1)) + 1
+
+    def contains(self, value: Any) -> bool:
+        """Whether `value` may be suggested."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        if self.type == "int" and value != int(value):
+            return False
+        if not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / self.step if self.step else 0.0
+        return math.isclose(steps, round(steps), abs_tol=1e-9)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `values`; JSON values (mappings, lists) are allowed."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        return len(self.values)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether all values are numbers, so that neighbours are alike."""
+        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values)
+
+    def contains(self, value: Any) -> bool:
+        """Whether `value` may be suggested (`1` is not `true`)."""
+        return any(_key(value) == _key(known) for known in self.values)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A named distribution, existing only where `when` holds."""
+
+    name: str
+    distribution: Range | Choice
+    when: Expression | None = None
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All parameters of a study, in the order of the file, with the constraints between them."""
+
+    parameters: tuple[Parameter, ...]
+    constraints: tuple[Expression, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        """The parameters by name."""
+        return {parameter.name: parameter for parameter in self.parameters}
+
+    @property
+    def size(self) -> float:
+        """Number of settings before constraints and conditions; may be infinite."""
+        return math.prod(parameter.distribution.size for parameter in self.parameters)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a parameter exists only under a condition."""
+        return any(parameter.when is not None for parameter in self.parameters)
+
+    def violated(self, params: Params, fixed: Params) -> Expression | None:
+        """The first constraint that `params` over the `fixed` arguments breaks, or None."""
+        values = {**fixed, **params}
+        return next((constraint for constraint in self.constraints if not constraint.holds(values)), None)
+
+    def check_point(self, point: Params, where: str) -> None:
+        """Raise `ConfigError` where `point` has a name or a value outside the space."""
+        for name, value in point.items():
+            if name not in self.by_name:
+                raise ConfigError(f"{where}: {name!r} is not in search_space ({', '.join(self.by_name)}).")
+            distribution = self.by_name[name].distribution
+            if not distribution.contains(value):
+                raise ConfigError(f"{where}: {name}: {value!r} is not in {describe(distribution)}.")
+
+
+def describe(distribution: Range | Choice) -> str:
+    """One line for people.
+
+    >>> describe(Range("int", 1, 64, log=True))
+    'int 1 to 64, log'
+    """
+    if isinstance(distribution, Choice):
+        return "choice of " + ", ".join(format_value(value) for value in distribution.values)
+    low, high = (format_value(_typed(distribution, bound)) for bound in (distribution.low, distribution.high))
+    extras = [f"step {format_value(distribution.step)}"] if distribution.step else []
+    extras += ["log"] if distribution.log else []
+    return ", ".join([f"{distribution.type} {low} to {high}", *extras])
+
+
+def format_value(value: Any) -> str:
+    """A value as it stands on an engine's command line: JSON for mappings and lists, `true` for True."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return json.dumps(value, sort_keys=True)
+
+
+def parse_space(raw: Mapping[str, Any], constraints: Sequence[str] = ()) -> SearchSpace:
+    """The search space of a study file's `search_space:` and `constraints:`; raises `ConfigError`."""
+    return SearchSpace(
+        tuple(_parameter(str(name), value) for name, value in raw.items()),
+        tuple(parse_expression(text) for text in constraints),
+    )
+
+
+def _parameter(name: str, raw: Any) -> Parameter:
+    where = f"search_space.{name}"
+    if name.startswith("-"):
+        raise ConfigError(f"{where}: write the flag without dashes: {name.lstrip('-')!r}.")
+    if raw == "bool":
+        raw = {"bool": True}
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"{where}: {raw!r} is not a distribution. Write {{int: [1, 64]}}, {{float: [0.5, 0.9]}}, "
+            f"{{choice: [a, b]}} or bool."
+        )
+    kinds = [kind for kind in _KINDS if kind in raw]
+    if len(kinds) != 1:
+        raise ConfigError(f"{where}: exactly one of {', '.join(_KINDS)} is needed, but got {sorted(map(str, raw))}.")
+    kind = kinds[0]
+    allowed = {kind, "when"} | ({"log", "step"} if kind in {"int", "float"} else set())
+    if unknown := sorted(str(key) for key in raw if key not in allowed):
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; {kind} takes {', '.join(sorted(allowed))}.")
+    when = None if raw.get("when") is None else parse_expression(str(raw["when"]))
+    if kind == "bool":
+        return Parameter(name, Choice((False, True)), when)
+    distribution = _choice(where, raw["choice"]) if kind == "choice" else _range(where, kind, raw)
+    return Parameter(name, distribution, when)
+
+
+def _choice(where: str, values: Any) -> Choice:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise ConfigError(f"{where}: choice takes a list of at least one value, but got {values!r}.")
+    keys = [_key(value) for value in values]
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            raise ConfigError(f"{where}: {values[index]!r} stands twice in choice.")
+    return Choice(tuple(values))
+
+
+def _range(where: str, kind: Any, raw: Mapping[str, Any]) -> Range:
+    bounds = raw[kind]
+    if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
+        raise ConfigError(f"{where}: {kind} takes [low, high], but got {bounds!r}.")
+    for bound in bounds:
+        wrong = isinstance(bound, bool) or not isinstance(bound, int if kind == "int" else (int, float))
+        if wrong or not math.isfinite(bound):
+            raise ConfigError(f"{where}: {bound!r} is not {'an integer' if kind == 'int' else 'a finite number'}.")
+    low, high = bounds
+    step, log = raw.get("step"), raw.get("log", False)
+    if low > high:
+        raise ConfigError(f"{where}: `low <= high` must hold, but got (low={low}, high={high}).")
+    if not isinstance(log, bool):
+        raise ConfigError(f"{where}: log is true or false, but got {log!r}.")
+    if log and low <= 0:
+        raise ConfigError(f"{where}: a log range needs `low > 0`, but got {low}.")
+    if step is not None:
+        numeric = isinstance(step, int if kind == "int" else (int, float)) and not isinstance(step, bool)
+        if not numeric or step <= 0 or log:
+            raise ConfigError(f"{where}: step is a number above 0 and not together with log, but got {step!r}.")
+    return Range(kind, low, high, step, log)
+
+
+def _typed(distribution: Range, bound: float) -> float:
+    return int(bound) if distribution.type == "int" else bound
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

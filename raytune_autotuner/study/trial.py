@@ -1,0 +1,105 @@
+"""A trial as it ended: what was measured, or why nothing was.
+
+`TrialResult` is what one evaluation comes to (`result.json`); `TrialRow` is its line in the study's results table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from raytune_autotuner.study.failure import Failure
+
+BASELINE = "baseline"
+
+
+class State(StrEnum):
+    """Where a trial stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    MEASURED = "measured"
+    FAILED = "failed"
+    """By the parameters' (or the study's) fault: graded."""
+    LOST = "lost"
+    """By the environment's fault: not told to the sampler, run again as a new trial."""
+    INTERRUPTED = "interrupted"
+    """The study was ended while it ran."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it will not change any more."""
+        return self not in (State.PENDING, State.RUNNING)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the sampler learns from it, and the budget counts it."""
+        return self in (State.MEASURED, State.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """What one evaluation of a setting came to: metrics or a failure, and the seconds each phase took."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    failure: Failure | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Phase (`start`, `warmup`, `load`, `stop`, `total`) to seconds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "metrics": dict(self.metrics),
+            "failure": None if self.failure is None else self.failure.to_dict(),
+            "seconds": dict(self.seconds),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialResult:
+        """The reverse of `to_dict`."""
+        failure = values.get("failure")
+        return cls(
+            metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
+            failure=None if failure is None else Failure.from_dict(failure),
+            seconds={str(k): float(v) for k, v in values.get("seconds", {}).items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRow:
+    """One line of the results table. `score` and `penalty` exclude each other."""
+
+    number: int
+    trial_id: str
+    name: str
+    """`baseline` or empty."""
+    params: Mapping[str, Any]
+    state: State = State.PENDING
+    result: TrialResult = field(default_factory=TrialResult)
+    score: float | None = None
+    """The objective's value, in the metric's own unit; None where there is none."""
+    violation: float | None = None
+    """The constraint told to the sampler: at most 0 feasible, (0, 1) an SLO missed, (1, 2] failed."""
+    penalty: float | None = None
+    """What the failure cost; never a measurement."""
+    relative: float | None = None
+    """`score` over the baseline's score."""
+    retry_of: int | None = None
+    """Number of the lost trial that this one runs again."""
+
+    @property
+    def feasible(self) -> bool:
+        """Measured, with every SLO met."""
+        return self.state is State.MEASURED and self.violation is not None and self.violation <= 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "params": dict(self.params), "state": str(self.state), "result": self.result.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialRow:
+        """The reverse of `to_dict`."""
+        return cls(**{**values, "state": State(values["state"]), "result": TrialResult.from_dict(values["result"])})

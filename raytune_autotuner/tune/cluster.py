@@ -1,0 +1,130 @@
+"""The Ray cluster under a study: started here, or joined by address."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.space import Choice, Params
+from raytune_autotuner.study.study import Study
+
+OBJECT_STORE_BYTES = 128 * 1024**2
+"""Trials exchange a few kilobytes; Ray's own default takes a third of the memory."""
+_ENVIRONMENT = {
+    # A kill by Ray's memory monitor ends the whole study; without it the kernel ends one actor.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Actors, and so engines, would run at nice 15.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node of the cluster has in all."""
+
+    cpus: float
+    gpus: float
+
+    def holds(self, cpus: float, gpus: float) -> int:
+        """How many trials of that size fit on it at once."""
+        fits = [math.floor(self.cpus / cpus)] if cpus else []
+        fits += [math.floor(self.gpus / gpus)] if gpus else []
+        return min(fits, default=0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray cluster."""
+
+    nodes: tuple[Node, ...]
+    dashboard_url: str | None
+
+    @property
+    def login_hint(self) -> str | None:
+        """How to log in to the dashboard; the token itself is never printed."""
+        if self.dashboard_url is None or os.environ.get("RAY_AUTH_MODE") != "token":
+            return None
+        return "  it asks for a token: paste what `ray get-auth-token` prints"
+
+    @property
+    def shape(self) -> str:
+        """For people: `1 node: 2 CPUs, 0 GPUs`."""
+        sizes = "; ".join(f"{node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in self.nodes)
+        return f"{len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}: {sizes}"
+
+    def trial_resources(self, study: Study, engine: Engine, params: Params) -> dict[str, float]:
+        """CPUs and GPUs that a trial of this setting holds."""
+        gpus = study.resources.gpus
+        if gpus == "auto":
+            has_gpus = any(node.gpus for node in self.nodes)
+            gpus = float(engine.parallel_size(params)) if has_gpus and engine.uses_gpus else 0.0
+        return {"cpus": study.resources.cpus, "gpus": gpus}
+
+    def slots(self, study: Study, engine: Engine) -> int:
+        """Trials at once: as many of the smallest size as fit, at most `resources.max_concurrent`.
+
+        Raises `ConfigError` where no node can hold the smallest or the largest trial.
+        """
+        fits = []
+        for params in _extremes(study):
+            need = self.trial_resources(study, engine, params)
+            fits.append(sum(node.holds(**need) for node in self.nodes))
+            if fits[-1] == 0:
+                raise ConfigError(
+                    f"resources: a trial needs {need['cpus']:g} CPUs and {need['gpus']:g} GPUs on one node"
+                    f"{f' with {dict(params)}' if params else ''}, but the cluster has {self.shape}.\n"
+                    "Lower resources.cpus or resources.gpus, or the parallel sizes in search_space."
+                )
+        return min(max(fits), study.resources.max_concurrent or max(fits))
+
+
+@contextmanager
+def running_cluster(address: str | None = None) -> Iterator[Cluster]:
+    """Ray, started on this machine (or joined at `address`) and shut down at the end."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
+    context = ray.init(
+        address=address,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        configure_logging=True,
+        **(local if address is None else {}),
+    )
+    try:
+        nodes = tuple(
+            Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+        url = getattr(context, "dashboard_url", None)
+        yield Cluster(nodes, f"http://{url}" if url else None)
+    finally:
+        ray.shutdown()
+
+
+def _extremes(study: Study) -> list[dict[str, object]]:
+    """The baseline, and the setting with the largest parallel sizes."""
+    largest = {
+        parameter.name: max(parameter.distribution.values)
+        if isinstance(parameter.distribution, Choice)
+        else int(parameter.distribution.high)
+        for parameter in study.space.parameters
+        if parameter.name.endswith("-parallel-size")
+    }
+    return [{}, largest] if largest else [{}]

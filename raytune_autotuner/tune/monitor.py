@@ -1,0 +1,91 @@
+"""The one clock of every trial, outside of its actor.
+
+A trial registers in its `setup`; when its time is up, or nothing of it has moved for too long, the monitor ends it
+with `ray.kill`, also when its actor is blocked in C code. Trials say where they are through `beat`, which is what the
+live table shows and what is known of a trial whose actor has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from raytune_autotuner.study.failure import Kind, Stage
+from raytune_autotuner.tune.standing import Standing
+
+TICK_S = 0.1
+
+
+class TrialMonitor:
+    """Keeps the time of all running trials; one actor per study, and it holds no resources."""
+
+    def __init__(self, timeout_s: float, hung_after_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._hung_after_s = hung_after_s
+        self._actors: dict[str, ActorHandle] = {}
+        self._standing: dict[str, Standing] = {}
+        self._closed = False
+
+    async def watch(self) -> None:
+        """End trials whose time is up; runs until the study ends."""
+        while True:
+            now = time.time()
+            for trial_id in list(self._actors):
+                standing = self._standing[trial_id]
+                if now - standing.started_at >= self._timeout_s:
+                    moving = now - standing.moved_at < min(self._hung_after_s, self._timeout_s / 2)
+                    self._end(trial_id, Kind.DEADLINE if moving else Kind.HUNG)
+                elif now - standing.moved_at >= self._hung_after_s:
+                    self._end(trial_id, Kind.HUNG)
+            await asyncio.sleep(TICK_S)
+
+    async def register(self, trial_id: str, actor: ActorHandle) -> bool:
+        """A trial's clock starts; False where the study is ending and it must not begin."""
+        now = time.time()
+        self._standing[trial_id] = Standing(started_at=now, moved_at=now)
+        if self._closed:
+            return False
+        self._actors[trial_id] = actor
+        return True
+
+    async def beat(self, trial_id: str, stage: Stage, share: float, metrics: Mapping[str, float] | None) -> None:
+        """The trial moved: it is at `share` of `stage`; a stage never goes back."""
+        known = self._standing.get(trial_id, Standing())
+        if (stage.order, share) >= (known.stage.order, known.share):
+            known = replace(known, stage=stage, share=share)
+        self._standing[trial_id] = replace(known, moved_at=time.time(), metrics=metrics or known.metrics)
+
+    async def release(self, trial_id: str) -> None:
+        """The trial has its result: it is no longer timed, and a late deadline cannot take the result away."""
+        self._actors.pop(trial_id, None)
+
+    async def standing(self, trial_id: str) -> Standing:
+        """Where the trial is, or was when it ended."""
+        return self._standing.get(trial_id, Standing())
+
+    async def standings(self) -> dict[str, Standing]:
+        """Of all trials still timed."""
+        return {trial_id: self._standing[trial_id] for trial_id in self._actors}
+
+    async def close(self) -> None:
+        """The study is ending: end every trial now, let none begin."""
+        self._closed = True
+        for trial_id in list(self._actors):
+            self._end(trial_id, None)
+
+    def _end(self, trial_id: str, kind: Kind | None) -> None:
+        self._standing[trial_id] = replace(self._standing[trial_id], ended_by=kind, ended_at=time.time())
+        ray.kill(self._actors.pop(trial_id))
+
+
+def start_monitor(timeout_s: float, hung_after_s: float) -> Any:
+    """The study's monitor as an actor handle, its clock running."""
+    monitor = ray.remote(TrialMonitor).options(num_cpus=0, name=None).remote(timeout_s, hung_after_s)
+    monitor.watch.remote()
+    return monitor

@@ -1,0 +1,194 @@
+"""The book of a study's trials: what was suggested, how it ended, what it is worth.
+
+The one place where an ended trial gets its result, its score or its penalty; searcher, table, TensorBoard and the
+results folder take them from here. Knows neither Ray's nor Optuna's objects.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from raytune_autotuner.engine.reading import LogRules, diagnose
+from raytune_autotuner.report.results import ResultsFolder, read_result
+from raytune_autotuner.score.objective import assess
+from raytune_autotuner.study.failure import Blame, Failure, Kind
+from raytune_autotuner.study.space import Params
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialResult, TrialRow
+from raytune_autotuner.tune.standing import Standing
+
+SCORE = "score"
+"""The metric's name in Ray Tune's results."""
+RESULT = "trial_result"
+"""Key of the whole `TrialResult` in a trial's last report to Ray Tune."""
+
+
+class TrialReporter:
+    """All trials of a study, by Ray's trial id."""
+
+    def __init__(
+        self,
+        study: Study,
+        folder: ResultsFolder,
+        rules: LogRules,
+        *,
+        standing_of: Callable[[str], Standing],
+        on_change: Callable[[TrialRow], None] = lambda row: None,
+    ) -> None:
+        self._study = study
+        self._folder = folder
+        self._rules = rules
+        self._standing_of = standing_of
+        self._on_change = on_change
+        self._rows: dict[str, TrialRow] = {}
+        self._keys: dict[str, str] = {}
+        self.interrupted = False
+        self.ending: str | None = None
+        """Why the search ends before its trials are used up."""
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        """All trials by number."""
+        return sorted(self._rows.values(), key=lambda row: row.number)
+
+    @property
+    def live(self) -> list[TrialRow]:
+        """The trials that have not ended."""
+        return [row for row in self._rows.values() if not row.state.finished]
+
+    @property
+    def counted(self) -> int:
+        """Trials that use up the budget: measured or graded."""
+        return sum(row.state.teaches for row in self._rows.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether no further trial is to be started."""
+        return self.ending is not None or self.interrupted or self.counted >= self._study.search.trials
+
+    @property
+    def wanted(self) -> bool:
+        """Whether one more trial is to be started now."""
+        return not self.complete and self.counted + len(self.live) < self._study.search.trials
+
+    @property
+    def baseline(self) -> TrialRow | None:
+        """The measured baseline, once there is one."""
+        return next((row for row in self.rows if row.name and row.state is State.MEASURED), None)
+
+    def end_search(self, reason: str) -> None:
+        """No new trials from now on; `reason` is for people."""
+        self.ending = self.ending or reason
+
+    def known(self, filled: Params) -> TrialRow | None:
+        """The trial that measured or graded the same setting, defaults filled in."""
+        key = _key(filled)
+        return next((row for i, row in self._rows.items() if self._keys[i] == key and row.state.teaches), None)
+
+    def suggested(
+        self, number: int, trial_id: str, params: Params, filled: Params, name: str = "", retry_of: int | None = None
+    ) -> None:
+        """A new trial, waiting for its resources."""
+        self._keys[trial_id] = _key(filled)
+        self._put(trial_id, TrialRow(number, trial_id, name, dict(params), retry_of=retry_of))
+
+    def started(self, trial_id: str) -> None:
+        """The trial's actor is being started."""
+        self._put(trial_id, replace(self._rows[trial_id], state=State.RUNNING))
+
+    def ended(self, trial_id: str, report: Mapping[str, Any] | None) -> TrialRow:
+        """The trial's final row; `report` is its last report to Ray Tune, None where its actor died.
+
+        Idempotent: the first call decides.
+        """
+        row = self._rows[trial_id]
+        if row.state.finished:
+            return row
+        standing = self._standing_of(trial_id)
+        result = self._result(row, report, standing)
+        row = self._judged(row, result, standing)
+        self._put(trial_id, row)
+        if row.state is State.FAILED and result.failure and result.failure.blame is Blame.STUDY:
+            self.end_search(f"{result.failure}. {result.failure.remedy}")
+        self._folder.write_rows(self.rows)
+        return row
+
+    def to_retry(self, row: TrialRow) -> bool:
+        """Whether a lost trial's setting is to be queued again."""
+        key = self._keys[row.trial_id]
+        return row.state is State.LOST and not self.interrupted and self._lost(key) <= self._study.trial.retries
+
+    def _lost(self, key: str) -> int:
+        return sum(row.state is State.LOST and self._keys[i] == key for i, row in self._rows.items())
+
+    def _put(self, trial_id: str, row: TrialRow) -> None:
+        self._rows[trial_id] = row
+        self._on_change(row)
+
+    def _result(self, row: TrialRow, report: Mapping[str, Any] | None, standing: Standing) -> TrialResult:
+        if report is not None and RESULT in report:
+            return TrialResult.from_dict(report[RESULT])
+        # The actor died. A result that it had written before counts: its last second does not take it away.
+        written = read_result(self._folder.trial_dir(row.number, row.trial_id))
+        return written or TrialResult({}, self._cause(row, standing), {"total": standing.elapsed_s})
+
+    def _cause(self, row: TrialRow, standing: Standing) -> Failure:
+        """Why a trial failed whose actor is dead."""
+        if standing.ended_by is not None:
+            return self._timed_out(standing)
+        log = self._folder.trial_dir(row.number, row.trial_id) / "engine.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        found = diagnose(lines, rules=self._rules).failure
+        if found is not None and found.blame is Blame.PARAMETERS and found.kind is not Kind.UNKNOWN:
+            return found
+        repeated = self._lost(self._keys[row.trial_id]) >= self._study.trial.retries
+        return Failure(
+            standing.stage,
+            Kind.WORKER_LOST,
+            # A loss that repeats for the same setting is the setting's own.
+            Blame.PARAMETERS if repeated else Blame.ENVIRONMENT,
+            "the trial's actor died",
+            "Look into trial.log; if other trials die too, the machine is short of memory or the node was lost.",
+            standing.share,
+        )
+
+    def _timed_out(self, standing: Standing) -> Failure:
+        limits = self._study.trial
+        if standing.ended_by is Kind.HUNG:
+            silent = (standing.ended_at or time.time()) - standing.moved_at
+            evidence = f"no log line and no finished request for {silent:.0f} seconds"
+            remedy = "The engine stopped answering at this setting; if it is only slow there, raise trial.hung_after_s."
+        else:
+            evidence = f"timed out after {limits.timeout_s:g} seconds"
+            remedy = "Raise trial.timeout_s, or lower workload.requests or rounds."
+        return Failure(
+            standing.stage, standing.ended_by or Kind.DEADLINE, Blame.PARAMETERS, evidence, remedy, standing.share
+        )
+
+    def _judged(self, row: TrialRow, result: TrialResult, standing: Standing) -> TrialRow:
+        """The row with state, score or penalty, and its place against the baseline."""
+        if self.interrupted and result.failure is not None and standing.ended_by is None:
+            return replace(row, state=State.INTERRUPTED, result=replace(result, failure=None))
+        if result.failure is not None and result.failure.blame is Blame.ENVIRONMENT:
+            return replace(row, state=State.LOST, result=result)
+        judged = assess(self._study, result)
+        row = replace(
+            row,
+            state=State.MEASURED if judged.score is not None else State.FAILED,
+            result=replace(result, failure=judged.failure),
+            score=judged.score,
+            violation=judged.violation,
+            penalty=judged.penalty,
+        )
+        baseline = row if row.name else self.baseline
+        if row.score is None or baseline is None or not baseline.score:
+            return row
+        return replace(row, relative=row.score / baseline.score)
+
+
+def _key(values: Params) -> str:
+    return json.dumps(values, sort_keys=True, default=str)

@@ -1,0 +1,289 @@
+"""A study from its file to its verdict: checks, cluster, search, results."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import ray
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+
+from raytune_autotuner import __version__
+from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.processes import sweep_orphans
+from raytune_autotuner.load.workload import levels
+from raytune_autotuner.report.events import Events
+from raytune_autotuner.report.logs import LogWriter
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.status import LiveTrial, StudyStatus, write_status
+from raytune_autotuner.report.tensorboard import TensorBoardWriter
+from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
+from raytune_autotuner.report.verdict import verdict
+from raytune_autotuner.score.metrics import METRICS, STATISTICS, is_metric
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialRow
+from raytune_autotuner.tune.callback import StudyCallback
+from raytune_autotuner.tune.cluster import Cluster, running_cluster
+from raytune_autotuner.tune.monitor import start_monitor
+from raytune_autotuner.tune.reporter import SCORE, TrialReporter
+from raytune_autotuner.tune.samplers import make_sampler
+from raytune_autotuner.tune.searcher import StudySearch
+from raytune_autotuner.tune.standing import Standing
+from raytune_autotuner.tune.tell import Teller
+from raytune_autotuner.tune.trainable import EngineTrial, Job
+
+OK, NO_RESULT, INTERRUPTED = 0, 1, 130
+ANSWER_S = 5.0
+"""The monitor answers in milliseconds; one that does not is lost with its node."""
+
+
+def run_study(study: Study, results: Path, *, address: str | None = None, verbose: bool = False) -> int:
+    """Run `study` and leave its folder under `results`; returns the exit code.
+
+    Raises `ConfigError` before anything is started where the study cannot run on this machine or cluster.
+    """
+    check_objective(study)
+    engine = make_engine(study)
+    engine.preflight()
+    sweep_orphans()
+    with running_cluster(address) as cluster:
+        slots = cluster.slots(study, engine)
+        folder = ResultsFolder.create(results.absolute(), study)
+        watcher = make_watcher(verbose)
+        run = _Run(study, engine, cluster, slots, folder, watcher)
+        try:
+            with _stop_signals(run.interrupt):
+                run.search()
+            return run.finish()
+        finally:
+            watcher.close()
+            sweep_orphans()
+
+
+@dataclass
+class _Run:
+    """One running study: the parts, and what passes between them."""
+
+    study: Study
+    engine: Engine
+    cluster: Cluster
+    slots: int
+    folder: ResultsFolder
+    watcher: Watcher
+    begun: float = field(default_factory=time.time)
+    standings: dict[str, Standing] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = self.study.trial
+        self.log = LogWriter(self.folder.study_log)
+        self.events = Events(self.study, verbose=True)
+        self.board = TensorBoardWriter(self.folder, self.study)
+        self.monitor = start_monitor(limits.timeout_s, limits.hung_after_s)
+        self.reporter = TrialReporter(
+            self.study,
+            self.folder,
+            self.engine.rules,
+            standing_of=self._standing_of,
+            on_change=self._changed,
+        )
+        self.status = StudyStatus.begin(self.slots)
+        self.folder.write_versions(versions(self.engine, self.cluster))
+
+    def search(self) -> None:
+        """Run trials until the searcher has enough of them."""
+        sampler, reason = make_sampler(self.study, self.slots)
+        engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
+        notes = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
+        self.watcher.started(
+            StudyInfo(self.study, self.folder.path, self.slots, self.cluster.dashboard_url, self.cluster.login_hint, notes)
+        )
+        for note in notes:
+            self.log.write_study(note)
+        searcher = StudySearch(
+            self.study,
+            self.reporter,
+            sampler=sampler,
+            storage=JournalStorage(JournalFileBackend(str(self.folder.optuna_log))),
+            teller=Teller(self.study),
+            defaults=self.engine.defaults(),
+            slots=self.slots,
+            trial_resources=lambda params: self.cluster.trial_resources(self.study, self.engine, params),
+            may_start=self._may_start,
+        )
+        self._tuner(searcher).fit()
+
+    def interrupt(self) -> None:
+        """End the running trials now, start no more, keep what was measured."""
+        self.reporter.interrupted = True
+        self.monitor.close.remote()
+
+    def finish(self) -> int:
+        """Write the verdict down and say it; returns the exit code."""
+        rows = self.reporter.rows
+        self.folder.write_rows(rows)
+        answer = verdict(rows, self.study.objective.direction, self.study.objective.metric, self.study.fixed)
+        lines = None
+        if answer.winner is not None:
+            lines = self.engine.launch_lines(answer.winner.params)
+            self.folder.write_best(self.study, answer.winner, answer.baseline, self.engine.config_model(), lines[0])
+        phase = "interrupted" if self.reporter.interrupted else "finished"
+        write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
+        self.log.write_study(f"{phase}: {answer.sentence}")
+        self.board.close()
+        self.watcher.finished(Ending(answer, rows, lines, self.reporter.interrupted, self.reporter.ending))
+        self.log.close()
+        if self.reporter.interrupted:
+            return INTERRUPTED
+        return OK if answer.winner is not None else NO_RESULT
+
+    def _tuner(self, searcher: StudySearch) -> Tuner:
+        study = self.study
+        job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor)
+        return Tuner(
+            tune.with_parameters(EngineTrial, job=job),
+            tune_config=TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                metric=SCORE,
+                mode="max" if study.objective.direction == "maximize" else "min",
+                trial_name_creator=lambda trial: f"{study.study}-{trial.config['number']}",
+                trial_dirname_creator=lambda trial: f"{trial.config['number']}-{trial.trial_id}",
+                reuse_actors=False,
+            ),
+            run_config=RunConfig(
+                name=self.folder.trials_dir.name,
+                storage_path=str(self.folder.path),
+                callbacks=[StudyCallback(self.reporter, self._on_round, self._refresh)],
+                failure_config=FailureConfig(max_failures=0),
+                checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+
+    def _may_start(self) -> bool:
+        budget = self.study.search.time_budget
+        if budget is not None and time.time() - self.begun >= budget:
+            self.reporter.end_search(f"the time budget of {budget:g} s is used up")
+        return not self.reporter.complete
+
+    def _standing_of(self, trial_id: str) -> Standing:
+        try:
+            standing: Standing = ray.get(self.monitor.standing.remote(trial_id), timeout=ANSWER_S)
+        except ray.exceptions.RayError:
+            return self.standings.get(trial_id, Standing())
+        return standing
+
+    def _on_round(self, trial_id: str, result: dict[str, Any]) -> None:
+        row = next(row for row in self.reporter.rows if row.trial_id == trial_id)
+        metrics = {name: value for name, value in result.items() if name.partition("@")[0] in METRICS}
+        self.board.round(row, int(result["training_iteration"]), metrics)
+
+    def _refresh(self) -> None:
+        """Bring table and status up to date with what the trials said last."""
+        try:
+            self.standings |= ray.get(self.monitor.standings.remote(), timeout=ANSWER_S)
+        except ray.exceptions.RayError:
+            return
+        self._show()
+        write_status(self.folder, self.status)
+
+    def _live(self, row: TrialRow) -> LiveTrial:
+        known = self.standings.get(row.trial_id, Standing())
+        limit = self.study.trial.timeout_s
+        return LiveTrial(row.number, known.stage, known.share, known.elapsed_s, limit, dict(known.metrics or {}))
+
+    def _changed(self, row: TrialRow) -> None:
+        if row.state.finished:
+            self.board.ended(row)
+        self._show()
+
+    def _show(self) -> None:
+        rows = self.reporter.rows
+        live = {row.number: self._live(row) for row in rows if row.state is State.RUNNING}
+        self.watcher.update(rows, live)
+        for event in self.events.since(rows, live):
+            self.log.write(event.stage, event.text, event.trial)
+        self.status = replace(self.status, updated_at=time.time(), live=tuple(live.values()))
+
+
+def check_objective(study: Study) -> None:
+    """Raise `ConfigError` where objective or SLOs name a metric that no trial will have."""
+    objective = study.objective
+    _check_metric(f"objective.{objective.direction}", objective.metric, study)
+    for metric, limits in objective.slo.items():
+        for statistic in limits:
+            where = f"objective.slo.{metric}.{statistic}"
+            _check_metric(where, f"{metric}_{statistic}", study)
+
+
+def _check_metric(where: str, name: str, study: Study) -> None:
+    if is_metric(name, [level.label for level in levels(study.workload)]):
+        return
+    close = difflib.get_close_matches(name, METRICS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else f" Latencies have {', '.join(STATISTICS)}; see docs/metrics.md."
+    raise ConfigError(f"{where}: there is no metric {name!r}.{hint}")
+
+
+def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
+    """What a result rests on: packages, machine, cluster."""
+    packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas", "aiohttp")}
+    machine = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
+    return {"engine": engine.versions(), "packages": own | packages, "machine": machine, "cluster": cluster.shape}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@contextmanager
+def _stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the study cleanly, the second at once."""
+    seen: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(INTERRUPTED)
+        interrupt()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,0 +1,109 @@
+"""A trial as Ray Tune's Trainable: one actor, one engine, a round a step.
+
+The actor does its work in `step`, never in `setup`: what fails there would lose its cause. It reports its own
+failures as results; those that kill it are found by the monitor and the reporter.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import PlacementGroupFactory
+
+from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.engine.processes import sweep_orphans
+from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.tune.evaluate import Evaluation, Metrics
+from raytune_autotuner.tune.reporter import RESULT, SCORE
+
+BACKSTOP_S = 2.0
+"""The actor's own deadline lies so much after the monitor's, which is the one that counts."""
+BEAT_S = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a study share."""
+
+    study: Study
+    run_id: str
+    trials_dir: Path
+    monitor: Any
+
+
+class EngineTrial(tune.Trainable):  # type: ignore[misc]
+    """One setting, measured on a fresh engine."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        """One bundle with the trial's CPUs and GPUs."""
+        bundle = {"CPU": config["cpus"]} | ({"GPU": config["gpus"]} if config["gpus"] else {})
+        return PlacementGroupFactory([bundle])
+
+    def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
+        """Start the trial's clock at the monitor; nothing else."""
+        self._begun = time.monotonic()
+        self._job = job
+        self._rounds: Generator[Metrics, None, TrialResult] | None = None
+        self._beaten_at = 0.0
+        self._beaten_stage: Stage | None = None
+        self._welcome = ray.get(job.monitor.register.remote(self.trial_id, ray.get_runtime_context().current_actor))
+
+    def step(self) -> dict[str, Any]:
+        """One round; the last step has the trial's whole result."""
+        if not self._welcome:
+            return {"done": True}
+        if self._rounds is None:
+            self._rounds = self._evaluation().run()
+        try:
+            metrics = next(self._rounds)
+        except StopIteration as stop:
+            return self._last(stop.value)
+        self._job.monitor.beat.remote(self.trial_id, Stage.LOAD, 0.0, metrics)
+        return {SCORE: metrics.get(self._job.study.objective.metric), **metrics}
+
+    def cleanup(self) -> None:
+        """Stop the engine where the trial is ended between two rounds."""
+        if self._rounds is not None:
+            self._rounds.close()
+
+    def _evaluation(self) -> Evaluation:
+        sweep_orphans()
+        study = self._job.study
+        gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+        # Without this a trial that holds no GPU would see all of them.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        return Evaluation(
+            study,
+            make_engine(study),
+            self.config["params"],
+            self._job.trials_dir / f"{self.config['number']}-{self.trial_id}",
+            self._job.run_id,
+            self.trial_id,
+            on_progress=self._beat,
+            gpus=gpus,
+            deadline=self._begun + study.trial.timeout_s + BACKSTOP_S,
+        )
+
+    def _beat(self, stage: Stage, share: float) -> None:
+        if stage is not self._beaten_stage or time.monotonic() - self._beaten_at >= BEAT_S:
+            self._beaten_at, self._beaten_stage = time.monotonic(), stage
+            self._job.monitor.beat.remote(self.trial_id, stage, share, None)
+
+    def _last(self, result: TrialResult) -> dict[str, Any]:
+        ray.get(self._job.monitor.release.remote(self.trial_id))
+        return {SCORE: _told(result.metrics, self._job.study.objective.metric), RESULT: result.to_dict(), "done": True}
+
+
+def _told(metrics: Mapping[str, float], name: str) -> float:
+    """Ray Tune wants a number in every result; what Optuna is told is the reporter's business."""
+    return metrics.get(name, 0.0)

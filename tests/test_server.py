@@ -1,0 +1,270 @@
+"""An engine server from outside: ready, crashed, late, stopped; on real processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_autotuner.engine.contract import Launch
+from raytune_autotuner.engine.logfile import read_log
+from raytune_autotuner.engine.processes import MARK_VARIABLE, free_port, make_mark, marked
+from raytune_autotuner.engine.reading import SIMULATED_RULES, split_stamp
+from raytune_autotuner.engine.server import EngineServer, engine_environment
+from raytune_autotuner.study.errors import TrialFailed
+from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+
+SIMULATED = ("-m", "raytune_autotuner.engine.simulated", "--model", "m", "--startup-s", "0.2")
+PACKAGE_PARENT = Path(__file__).parent.parent
+
+
+class Bench:
+    """Engine servers of one test, in folders of their own."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self._stack = stack
+
+    def start(self, arguments: Sequence[str], *, deadline_s: float = 30.0, **options: Any) -> EngineServer:
+        """This Python with `arguments`, `{port}` filled in."""
+        port = self._stack.enter_context(free_port())
+        argv = (sys.executable, *(argument.replace("{port}", str(port)) for argument in arguments))
+        options = {"grace_s": 5.0, "timeout_s": deadline_s, "rules": SIMULATED_RULES, "env": {}, **options}
+        launch = Launch(argv, {"PYTHONPATH": str(PACKAGE_PARENT), **options.pop("env")})
+        mark = make_mark("test", self.folder.name)
+        deadline = time.monotonic() + deadline_s
+        server = EngineServer(launch, port, self.folder / "trial", mark=mark, deadline=deadline, **options)
+        return self._stack.enter_context(server)
+
+    def run(self, code: str, **options: Any) -> EngineServer:
+        """A small Python program in place of an engine."""
+        return self.start(("-S", "-c", code), **options)
+
+    def simulated(self, *arguments: str, **options: Any) -> EngineServer:
+        return self.start((*SIMULATED, "--port", "{port}", *arguments), **options)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Any:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack)
+
+
+def never() -> bool:
+    return False
+
+
+def failure_of(server: EngineServer) -> Failure:
+    with pytest.raises(TrialFailed) as failed:
+        server.wait_ready(never)
+    return failed.value.failure
+
+
+def lines_of(server: EngineServer) -> list[str]:
+    return [split_stamp(line) for line in read_log(server.log_path)]
+
+
+def test_an_engine_gets_ready_serves_and_stops_in_order(bench: Bench) -> None:
+    server = bench.simulated()
+    server.wait_ready()
+    server.check()
+    report = server.stop()
+    assert (report.exit_code, report.killed, report.survivors) == (0, 0, 0)
+    assert server.stage is Stage.READY
+
+
+def test_progress_is_told_stage_by_stage(bench: Bench) -> None:
+    told: list[tuple[Stage, float]] = []
+    server = bench.simulated("--startup-s", "2", on_progress=lambda stage, share: told.append((stage, share)))
+    server.wait_ready()
+    orders = [stage.order for stage, _ in told]
+    assert orders == sorted(orders)
+    assert {Stage.INITIALIZATION, Stage.WEIGHTS} <= {stage for stage, _ in told}
+    assert all(0 <= share <= 1 for _, share in told)
+
+
+def test_a_crash_in_the_start_is_raised_with_the_logs_cause(bench: Bench) -> None:
+    server = bench.simulated("--fault", "oom@kv-cache")
+    failure = failure_of(server)
+    assert failure.kind is Kind.OUT_OF_MEMORY
+    assert failure.stage is Stage.KV_CACHE
+    assert failure.blame is Blame.PARAMETERS
+
+
+def test_a_crash_after_it_had_served_is_one_in_the_load(bench: Bench) -> None:
+    server = bench.run("import time; print('up', flush=True); time.sleep(0.5); raise SystemExit(5)")
+    server.wait_ready(lambda: True)
+    with pytest.raises(TrialFailed) as failed:
+        while True:
+            server.check()
+            time.sleep(0.01)
+    assert failed.value.failure.stage is Stage.LOAD
+    assert "exit code 5" in failed.value.failure.evidence
+
+
+def test_a_crash_is_seen_while_the_port_answers_nothing(bench: Bench) -> None:
+    code = """
+import socket, sys, time, threading, os
+listening = socket.create_server(("127.0.0.1", {port}))
+threading.Timer(0.5, lambda: os._exit(9)).start()
+time.sleep(60)
+"""
+    server = bench.run(code)
+    with pytest.raises(TrialFailed, match="exit code 9"):
+        server.wait_ready()
+
+
+def test_the_deadline_ends_the_start_in_the_stage_reached(bench: Bench) -> None:
+    server = bench.simulated("--fault", "hang@weights", deadline_s=2.0)
+    failure = failure_of(server)
+    assert failure.kind is Kind.DEADLINE
+    assert failure.evidence == "timed out after 2 seconds"
+    assert failure.stage is Stage.WEIGHTS
+
+
+def test_the_limit_in_the_evidence_is_the_one_that_was_asked_for(bench: Bench) -> None:
+    server = bench.run("import time; time.sleep(60)", deadline_s=0.3, timeout_s=600)
+    assert failure_of(server).evidence == "timed out after 600 seconds"
+
+
+def test_a_command_that_does_not_exist_is_the_studys_fault(bench: Bench, tmp_path: Path) -> None:
+    launch = Launch((str(tmp_path / "no-such-engine"),), {})
+    options: dict[str, Any] = {"rules": SIMULATED_RULES, "deadline": time.monotonic() + 30, "timeout_s": 30}
+    with EngineServer(launch, 1, tmp_path, mark=make_mark("test", "none"), **options) as server:
+        failure = failure_of(server)
+    assert failure.blame is Blame.STUDY
+    assert "no-such-engine" in failure.evidence
+
+
+def test_the_check_is_good_from_another_thread(bench: Bench) -> None:
+    server = bench.run("import time; time.sleep(0.3); raise SystemExit(4)")
+    seen: list[Exception] = []
+
+    def watch() -> None:
+        try:
+            while True:
+                server.check()
+                time.sleep(0.01)
+        except TrialFailed as failed:
+            seen.append(failed)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join(20)
+    assert "exit code 4" in str(seen[0])
+
+
+def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(bench: Bench) -> None:
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    server = bench.run(code, grace_s=0.3)
+    server.wait_ready(server.log_path.exists)
+    report = server.stop()
+    assert report.survivors == 0
+    assert report.exit_code in (-9, -15)
+
+
+def test_stopping_twice_gives_the_same_report(bench: Bench) -> None:
+    server = bench.run("import time; time.sleep(60)")
+    assert server.stop() is server.stop()
+    assert server.kill() is server.stop()
+
+
+def test_an_engine_stopped_before_it_had_started_leaves_nothing(bench: Bench) -> None:
+    server = bench.run("import time; time.sleep(60)")
+    report = server.stop()
+    assert report.survivors == 0
+
+
+def test_an_engine_gets_no_signal_ignored_or_blocked_and_a_clean_terminal(bench: Bench) -> None:
+    code = """
+import os, re, signal
+status = open("/proc/self/status").read()
+print("ignored", int(re.search(r"SigIgn:\\s*(\\w+)", status)[1], 16) & ((1 << 14) | (1 << 16) | 3))
+print("blocked", int(re.search(r"SigBlk:\\s*(\\w+)", status)[1], 16))
+print("session", os.getsid(0) == os.getpid(), "input", os.read(0, 1))
+print("descriptors", sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:3], len(os.listdir("/proc/self/fd")))
+"""
+    server = bench.run(code)
+    failure_of(server)
+    said = lines_of(server)
+    assert said[:3] == ["ignored 0", "blocked 0", "session True input b''"]
+    assert said[3] == "descriptors [0, 1, 2] 4"  # The fourth is the folder being listed.
+
+
+def test_the_environment_is_ours_less_what_ray_added_for_its_workers() -> None:
+    base = {"HOME": "/h", "RAY_JOB_ID": "1", "RAY_RAYLET_PID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    env = engine_environment(Launch((), {"VLLM_X": "2"}), "the-mark", {**base, "PYTHONPATH": "/p"})
+    assert env.keys() >= {"HOME", "PYTHONPATH", "VLLM_X"}
+    assert not {name for name in env if name.startswith("RAY_")}
+    assert env[MARK_VARIABLE] == "the-mark"
+    assert ("OMP_NUM_THREADS" in env) == (b"\0OMP_NUM_THREADS=" in Path("/proc/self/environ").read_bytes())
+
+
+@pytest.mark.parametrize("base", [{"OMP_NUM_THREADS": "3"}, {"RAY_RAYLET_PID": "0", "OMP_NUM_THREADS": "1"}])
+def test_threads_that_the_study_or_the_user_set_stay(base: dict[str, str]) -> None:
+    launch = Launch((), {} if "RAY_RAYLET_PID" not in base else {"OMP_NUM_THREADS": "3"})
+    assert engine_environment(launch, "mark", base)["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_process_that_renames_itself_keeps_its_mark(bench: Bench) -> None:
+    pytest.importorskip("setproctitle", reason="setproctitle comes with the engine")
+    code = "import time, setproctitle; setproctitle.setproctitle('VLLM::EngineCore' * 9); print('up'); time.sleep(60)"
+    server = bench.start(("-c", code))
+    server.wait_ready(lambda: server.log_path.exists() and "up" in server.log_path.read_text())
+    assert [process.pid for process in marked(make_mark("test", bench.folder.name))] == [server.pid]
+
+
+def test_the_log_has_time_and_stage_on_every_line_and_the_engines_own_words(bench: Bench) -> None:
+    code = r"""
+import sys
+write = sys.stdout.buffer.write
+write("plain ü\r\n".encode())
+write(b"\r 10%\r 50%\r100%\n\n")
+write(b"rub\xff\xfebish\x00\x07\n")
+write(b"x" * 100_000 + b"\n")
+write(b"no end")
+"""
+    server = bench.run(code)
+    failure_of(server)
+    raw = list(read_log(server.log_path))
+    assert all(line.startswith("20") and "Z [arguments] " in line for line in raw)
+    said = lines_of(server)
+    assert said[:4] == ["plain ü", " 10%", " 50%", "100%"]
+    assert said[4] == "rub\ufffd\ufffdbish\ufffd\ufffd"
+    assert said[5].startswith("xxx")
+    assert said[5].endswith(" bytes cut]")
+    assert said[6] == "no end"
+
+
+def test_a_line_without_an_end_is_written_all_the_same(bench: Bench) -> None:
+    server = bench.run("import time; print('Loading', end='', flush=True); time.sleep(60)")
+    server.wait_ready(lambda: "Loading" in "".join(lines_of(server)))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_engine(bench: Bench) -> None:
+    (bench.folder / "trial").mkdir()
+    (bench.folder / "trial" / "engine.log").symlink_to("/dev/full")
+    seen = threading.Event()
+    server = bench.run(
+        "import time\nfor i in range(50): print('line', i, flush=True); time.sleep(0.01)\ntime.sleep(60)",
+        on_progress=lambda stage, share: seen.set(),
+    )
+    assert seen.wait(20)
+    time.sleep(0.6)
+    server.check()
+
+
+def test_a_log_beyond_its_limit_keeps_head_and_tail(bench: Bench) -> None:
+    server = bench.run("for i in range(20_000): print('line', i)", log_limit_mb=0.1)
+    failure_of(server)
+    said = lines_of(server)
+    assert said[0] == "line 0"
+    assert said[-1] == "line 19999"
+    assert sum(file.stat().st_size for file in server.log_path.parent.glob("engine*.log")) <= 100_000 + 200
