@@ -35,9 +35,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in _COMMANDS and not arguments[0].startswith("-"):
-        arguments.insert(0, "run")
-    elif arguments and arguments[0].startswith("-") and arguments[0] not in {"-h", "--help", "--version"}:
+    if arguments and arguments[0] not in {*_COMMANDS, "-h", "--help", "--version"}:
         arguments.insert(0, "run")
     parsed = _parser().parse_args(arguments)
     try:
@@ -70,10 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from raytune_autotuner.report.logs import read_log
+    from raytune_autotuner.report.logs import Which, read_log
     from raytune_autotuner.report.results import ResultsFolder
 
-    which = "engine" if arguments.engine else "load" if arguments.load else "trial"
+    which: Which = "engine" if arguments.engine else "load" if arguments.load else "trial"
     if arguments.trial is None and which != "trial":
         raise ConfigError(f"--{which} needs a trial's number: {_PROGRAM} logs RESULTS TRIAL --{which}")
     folder = ResultsFolder.open(arguments.results)
@@ -126,7 +124,8 @@ def _clean(arguments: argparse.Namespace) -> int:
     print(f"{len(ended)} left-over process{'' if len(ended) == 1 else 'es'} ended.")
     for path, size in sizes.items():
         print(f"{size / 1e6:10.1f} MB  {path}")
-    print(f"{sum(sizes.values()) / 1e6:10.1f} MB  in {len(sizes)} runs under {arguments.results}; delete what you do not need.")
+    total = f"{sum(sizes.values()) / 1e6:10.1f} MB  in {len(sizes)} runs under {arguments.results}"
+    print(f"{total}; delete what you do not need.")
     return OK
 
 
@@ -158,7 +157,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("study", type=Path, metavar="STUDY.yaml")
-    run.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="parent of the run's own folder")
+    run.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="parent of the run's own folder"
+    )
     run.add_argument("--trials", type=int, metavar="N", help="same as --set search.trials=N")
     run.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key of the study")
     run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")

@@ -43,11 +43,17 @@ def dead_process() -> Process:
     return found
 
 
-def test_a_process_is_alive_until_it_ends_a_zombie_is_not() -> None:
+def test_a_process_is_alive_until_it_ends() -> None:
     with sleeper() as process:
         found = Process.of(process.pid)
         assert found is not None
         assert found.alive
+
+
+def test_a_zombie_is_not_alive() -> None:
+    with sleeper() as process:
+        found = Process.of(process.pid)
+        assert found is not None
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert not found.alive

@@ -32,7 +32,8 @@ STAMP = "2026-11-23T00:31:22.123Z [weights] "
 
 
 def _lines(case: dict[str, Any]) -> list[str]:
-    return (LOGS / case["file"]).read_text().splitlines(keepends=True)
+    text = (LOGS / str(case["file"])).read_text()
+    return text.splitlines(keepends=True)
 
 
 def _read(case: dict[str, Any], lines: Sequence[str]) -> Diagnosis:
@@ -101,11 +102,11 @@ def test_the_stage_and_its_share_never_go_back(lines: list[str]) -> None:
         ("Available KV cache memory: 33.41 GiB", Stage.KV_CACHE, 0.0),
         ("GPU KV cache size: 311,632 tokens, Maximum concurrency 8x", Stage.KV_CACHE, 0.0),
         ("Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup.", Stage.ARGUMENTS, 0.0),
-        ('INFO:     10.0.0.1:4 - "POST /tokenize HTTP/1.1" 200 OK', Stage.ARGUMENTS, 0.0),
+        ('INFO:     10.0.0.1:4 - "POST /tokenize HTTP/1.1" 200 OK', Stage.READY, 0.0),
         ('INFO:     10.0.0.1:4 - "POST /v1/chat/completions HTTP/1.1" 200 OK', Stage.LOAD, 0.0),
-        ('INFO:     10.0.0.1:4 - "POST /v1/completions HTTP/1.1" 500 Internal Server Error', Stage.ARGUMENTS, 0.0),
+        ('INFO:     10.0.0.1:4 - "POST /v1/completions HTTP/1.1" 500 Internal Server Error', Stage.READY, 0.0),
         ("Engine 000: Avg prompt throughput: 9.1 tokens/s, Avg generation throughput: 41.7 tokens/s", Stage.LOAD, 0.0),
-        ("Avg prompt throughput: 0.0 tokens/s, Avg generation throughput: 0.0 tokens/s", Stage.ARGUMENTS, 0.0),
+        ("Avg prompt throughput: 0.0 tokens/s, Avg generation throughput: 0.0 tokens/s", Stage.READY, 0.0),
     ],
 )
 def test_a_line_shows_its_stage(line: str, stage: Stage, share: float) -> None:
@@ -257,6 +258,12 @@ def _failure(lines: Sequence[str], exit_code: int | None = 1) -> Failure:
             "capability 89",
         ),
         (
+            "RuntimeError: triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 147456",
+            Kind.UNSUPPORTED,
+            Blame.PARAMETERS,
+            "shared memory",
+        ),
+        (
             "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your Tesla T4 "
             "GPU has compute capability 7.5.",
             Kind.UNSUPPORTED,
@@ -364,9 +371,44 @@ def test_a_gpu_failure_is_known_by_the_words_of_the_engine(message: str, kind: K
     ],
 )
 def test_a_model_that_cannot_be_had_is_not_the_parameters_fault(message: str, kind: Kind, blame: Blame) -> None:
-    lines = [START[0], "Traceback (most recent call last):", '  File "a.py", line 1, in main', message]
-    failure = _failure(lines)
+    failure = _failure(_uncaught(message))
     assert (failure.stage, failure.kind, failure.blame) == (Stage.CONFIGURATION, kind, blame)
+
+
+def _uncaught(*message: str) -> list[str]:
+    return [START[0], "Traceback (most recent call last):", '  File "a.py", line 1, in main', *message]
+
+
+def test_a_capability_that_lacks_is_unsupported_also_where_the_configuration_says_so() -> None:
+    failure = _failure(
+        _uncaught(
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig",
+            "  Value error, The quantization method fp8 is not supported for the current GPU. Minimum capability: 89. "
+            "Current capability: 80. [type=value_error, input_value=ArgsKwargs(()), input_type=ArgsKwargs]",
+        )
+    )
+    assert failure.kind is Kind.UNSUPPORTED
+    assert failure.evidence.endswith("Current capability: 80.")
+
+
+def test_a_port_that_is_taken_after_the_start_is_seen() -> None:
+    bind = "ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 8000): address already in use"
+    for exit_code in (None, 1):
+        failure = _failure([*UP, bind, "INFO:     Waiting for application shutdown."], exit_code)
+        assert (failure.kind, failure.blame) == (Kind.PORT_IN_USE, Blame.ENVIRONMENT)
+
+
+def test_an_engine_that_is_not_installed_is_the_studys_fault() -> None:
+    failure = _failure(["/usr/bin/python3: No module named vllm"])
+    assert (failure.stage, failure.kind, failure.blame) == (Stage.ARGUMENTS, Kind.UNSUPPORTED, Blame.STUDY)
+
+
+def test_the_format_of_older_versions_is_read() -> None:
+    lines = [
+        line.replace(" [multiproc_executor.py:953]", " engine.py:366]")
+        for line in _start_that_failed_with("OSError: x")
+    ]
+    assert _failure(lines).evidence == "OSError: x"
 
 
 def test_of_a_chain_of_exceptions_the_known_one_counts() -> None:
@@ -516,6 +558,11 @@ def test_a_busy_healthy_server_with_bad_requests_has_not_failed() -> None:
     lines = _healthy_production_log()
     assert diagnose(lines) == Diagnosis(Stage.LOAD, None)
     assert diagnose([*lines, *STOP], exit_code=0).failure is None
+
+
+def test_the_tail_of_a_healthy_servers_log_has_not_failed() -> None:
+    assert diagnose(_healthy_production_log()[-3000:]) == Diagnosis(Stage.LOAD, None)
+    assert diagnose(_healthy_production_log()[10_004:10_015]) == Diagnosis(Stage.READY, None)
 
 
 def test_an_engine_that_still_starts_has_not_failed() -> None:

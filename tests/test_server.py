@@ -67,6 +67,12 @@ def failure_of(server: EngineServer) -> Failure:
     return failed.value.failure
 
 
+def check_until_it_fails(server: EngineServer) -> None:
+    while True:
+        server.check()
+        time.sleep(0.01)
+
+
 def lines_of(server: EngineServer) -> list[str]:
     return [split_stamp(line) for line in read_log(server.log_path)]
 
@@ -99,12 +105,10 @@ def test_a_crash_in_the_start_is_raised_with_the_logs_cause(bench: Bench) -> Non
 
 
 def test_a_crash_after_it_had_served_is_one_in_the_load(bench: Bench) -> None:
-    server = bench.run("import time; print('up', flush=True); time.sleep(0.5); raise SystemExit(5)")
+    server = bench.run("import time; time.sleep(0.5); raise SystemExit(5)")
     server.wait_ready(lambda: True)
     with pytest.raises(TrialFailed) as failed:
-        while True:
-            server.check()
-            time.sleep(0.01)
+        check_until_it_fails(server)
     assert failed.value.failure.stage is Stage.LOAD
     assert "exit code 5" in failed.value.failure.evidence
 
@@ -149,9 +153,7 @@ def test_the_check_is_good_from_another_thread(bench: Bench) -> None:
 
     def watch() -> None:
         try:
-            while True:
-                server.check()
-                time.sleep(0.01)
+            check_until_it_fails(server)
         except TrialFailed as failed:
             seen.append(failed)
 
@@ -159,6 +161,12 @@ def test_the_check_is_good_from_another_thread(bench: Bench) -> None:
     thread.start()
     thread.join(20)
     assert "exit code 4" in str(seen[0])
+
+
+def test_waiting_ends_when_another_thread_stops_the_engine(bench: Bench) -> None:
+    server = bench.run("import time; time.sleep(60)")
+    threading.Timer(0.3, server.kill).start()
+    assert failure_of(server).evidence == "was stopped before it served"
 
 
 def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(bench: Bench) -> None:

@@ -212,6 +212,16 @@ def test_the_orphans_of_a_living_owner_stay(folder: Path, tmp_path: Path) -> Non
     assert_gone(neighbour)
 
 
+def test_the_end_of_one_owner_is_nothing_to_another(folder: Path, tmp_path: Path) -> None:
+    neighbour = tmp_path / "trial-of-another-study"
+    with start_owner(folder, "block") as first, start_owner(neighbour, "block"):
+        first.kill()
+        assert_gone(folder)
+        sweep_orphans()
+        assert len(process_tree.survivors(neighbour)) == len(process_tree.ROLES)
+    assert_gone(neighbour)
+
+
 def test_the_engine_is_asked_before_it_is_killed(folder: Path) -> None:
     with serve(folder, "polite", grace_s=10) as server:
         wait_up(folder)

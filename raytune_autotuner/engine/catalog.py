@@ -10,4 +10,4 @@ from raytune_autotuner.study.study import Study
 
 def make_engine(study: Study) -> Engine:
     """The engine of `study.engine.kind`, holding the study's model and fixed arguments."""
-    return {"vllm": VllmEngine, "simulated": SimulatedEngine}[study.engine.kind](study)
+    return SimulatedEngine(study) if study.engine.kind == "simulated" else VllmEngine(study)

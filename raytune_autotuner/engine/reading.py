@@ -120,17 +120,15 @@ def diagnose(
 
 # --- lines ---
 
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_FOREIGN = re.compile(
-    r"(?:[\w.-]+ +\| )?"  # docker compose
+_ANSI = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+_FOREIGN = (
+    r"\A(?:[\w.-]+ +\| )?"  # docker compose
     r"(?:\[?\d{4}-\d\d-\d\d[T ][\d:.,]+(?:Z|[+-]\d\d:?\d\d)?(?: [A-Z]+\d+)*\]? +(?:std(?:out|err) [FP] )?"  # ISO time
     r"|[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \S+ [^\s:]+: )?"  # journal
 )
-_SOURCE = re.compile(r"\((\w[\w-]*)(?: [^()]*)?pid=(\d+)[^()]*\) ?")
-_LEVEL = re.compile(
-    r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)? \[[^\]]*\](?: |$)|: +)"
-)
+_SOURCE = r"\((\w[\w-]*)(?: [^()]*)?pid=(\d+)[^()]*\) ?"
+_LEVEL = r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)? \[?[\w./-]+:\d+\](?: |$)|: +)"
 
 
 class _Line(NamedTuple):
@@ -147,27 +145,28 @@ def _parts(line: str) -> Iterator[str]:
 
 
 def _parse(line: str) -> _Line:
-    text = _ANSI.sub("", line) if "\x1b" in line else line
-    text = text[_FOREIGN.match(text).end() :]  # type: ignore[union-attr]  # all of it is optional
-    source = _SOURCE.match(text)
+    text = re.sub(_ANSI, "", line) if "\x1b" in line else line
+    text = re.sub(_FOREIGN, "", text, count=1)
+    source = re.match(_SOURCE, text)
     text = text if source is None else text[source.end() :]
-    level = _LEVEL.match(text)
+    level = re.match(_LEVEL, text)
     text = text if level is None else text[level.end() :]
     return _Line("" if source is None else f"{source[1]} {source[2]}", "" if level is None else level[1], text)
 
 
-_SECRETS = re.compile(
+_SECRETS = (
     r"\b(?:hf|ghp|gho|github_pat)_\w{6,}|\bsk-[\w-]{8,}|\beyJ[\w-]{8,}\.[\w.-]+|\bAKIA[A-Z0-9]{12,}"
     r"|(?<=[Bb]earer )\S+|(?<=[Bb]asic )[\w+/=]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
     r"|(?i:(?<=token=)|(?<=token: )|(?<=token': ')|(?<=api-key )|(?<=api_key=)|(?<=api_key': ')|(?<=api_key': \[')"
     r"|(?<=password=)|(?<=secret=))[^\s'\",&]{6,}"
 )
-_TAIL = re.compile(r" \[type=\w+, input_value=.*$")
+_TAIL = r" \[type=\w+, input_value=.*$"
 
 
 def _clean(text: str) -> str:
     """A line fit to be shown: one line, no control characters, no secrets, at most `EVIDENCE_LENGTH` characters."""
-    text = _SECRETS.sub("***", _TAIL.sub("", _CONTROL.sub("", _ANSI.sub("", text))))
+    for pattern, instead in ((_ANSI, ""), (_CONTROL, ""), (_TAIL, ""), (_SECRETS, "***")):
+        text = re.sub(pattern, instead, text)
     text = " ".join(text.split())
     return text if len(text) <= EVIDENCE_LENGTH else text[: EVIDENCE_LENGTH - 1] + "…"
 
@@ -177,6 +176,7 @@ def _clean(text: str) -> str:
 _BEGIN = "Traceback (most recent call last):"
 _LINKS = ("The above exception was the direct cause", "During handling of the above exception")
 _MESSAGE_LINES = 8
+_FRAMES = 200
 
 
 class _Part(Enum):
@@ -197,7 +197,7 @@ class _Error:
     harmless: bool = False
     messages: list[list[str]] = field(default_factory=list)
     """The lines of each exception of the chain, the first cause first."""
-    frames: list[str] = field(default_factory=list)
+    frames: deque[str] = field(default_factory=lambda: deque(maxlen=_FRAMES))
     part: _Part = _Part.FRAMES
 
     @classmethod
@@ -262,6 +262,20 @@ def _complaint(first: str, *rest: str) -> str:
 # --- the whole log ---
 
 
+_NOTABLE = (
+    *("rror", "raceback", "xception", "ERROR", "CRITICAL", "died", "ail", "hut", "SIG", "nterrupt", "xit", "erminat"),
+    *("fault", "non-default", "not found", "named"),
+)
+"""What lines have that tell of an error, a stop or a fresh start; the others are skipped at little cost."""
+
+
+def _is_notable(line: str) -> bool:
+    for mark in _NOTABLE:  # noqa: SIM110  # a generator would take three times as long
+        if mark in line:
+            return True
+    return False
+
+
 _SERIOUS = ("", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -269,9 +283,6 @@ class _Story:
     """What a log tells, line by line: stages, errors, marks of a fatal end and of a stop on purpose."""
 
     _KEPT = 64
-    _NOTABLE = re.compile(
-        r"Traceback|ERROR|CRITICAL|rror|xception|died|[Ff]ail|[Ss]hut|SIG|signal|Interrupt|Exit|[Tt]erminat|fault|non-def"
-    )
 
     def __init__(self, rules: LogRules) -> None:
         self.rules = rules
@@ -290,11 +301,11 @@ class _Story:
         line = split_stamp(line)
         if line:
             self.last = line
-        was_serving = self.reader.serving
+        before = self.reader.stage
         self.reader.feed(line)
-        if self.reader.serving and not was_serving:
+        if self.reader.stage is not before and before.order < Stage.READY.order <= self.reader.stage.order:
             self.errors.clear()  # it came up in spite of them
-        if self._open or self._NOTABLE.search(line):
+        if self._open or _is_notable(line):
             self._note(_parse(line))
 
     def _note(self, line: _Line) -> None:
@@ -369,7 +380,7 @@ class _Story:
         return bool(errors) or not self.stopping
 
     def _explained(self, errors: Sequence[_Error]) -> Failure:
-        """By the first error that a rule knows, else by the first of all; mere echoes count only where nothing else is."""
+        """By the first error that a rule knows, else by the first of all; echoes count only where nothing else does."""
         roots = [error for error in errors if not self._is_echo(error)] or errors
         for error in roots:
             for rule, proof in product(self.rules.failures, tuple(error.proofs())):

@@ -97,11 +97,14 @@ _VLLM_STAGES = (
     StageRule(Stage.KV_CACHE, "GiB for KV cache on node"),
     StageRule(Stage.KV_CACHE, "kv cache allocation"),
     StageRule(Stage.KV_CACHE, "# GPU blocks:"),
+    StageRule(Stage.KV_CACHE, "Memory profiling takes"),
     StageRule(Stage.KV_CACHE, "in _initialize_kv_caches"),
     StageRule(Stage.GRAPH_CAPTURE, "Capturing CUDA graph"),
     StageRule(Stage.GRAPH_CAPTURE, "in capture_model"),
     StageRule(Stage.GRAPH_CAPTURE, "Graph capturing finished", share=1.0),
     StageRule(Stage.READY, "Application startup complete"),
+    StageRule(Stage.READY, ' HTTP/1.1" '),
+    StageRule(Stage.READY, "Avg generation throughput: "),
     StageRule(Stage.LOAD, 'completions HTTP/1.1" 200'),
     StageRule(Stage.LOAD, '/responses HTTP/1.1" 200'),
     StageRule(Stage.LOAD, '/messages HTTP/1.1" 200'),
@@ -133,8 +136,8 @@ def _held_by_others(found: re.Match[str]) -> bool:
 
 
 _FREE_ON_START = (
-    r"(?:Free|Available) memory on (?:device|node) (?P<device>\S+) \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) "
-    r"on startup is less than desired (?:GPU|CPU) memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)"
+    r"memory on (?:device|node) (?P<device>\S+) \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is less than "
+    r"desired (?:GPU|CPU) memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)"
 )
 
 
@@ -150,7 +153,33 @@ def _environment(kind: Kind, pattern: str, remedy: str, only_at: tuple[Stage, ..
     return FailureRule(kind, Blame.ENVIRONMENT, pattern, remedy, only_at)
 
 
+_ARGUMENTS = (
+    _parameters(
+        Kind.BAD_ARGUMENT,
+        r"error: unrecognized arguments: (?P<what>.*)",
+        "The engine does not know {what}: correct its spelling or remove it.",
+    ),
+    _parameters(
+        Kind.BAD_ARGUMENT,
+        r"error: argument (?P<flag>\S+?)(?:/\S+)?: (?P<why>[^\n]{1,120})",
+        "Give {flag} a value that the engine takes.",
+    ),
+    _parameters(
+        Kind.BAD_ARGUMENT,
+        r"error: (?:the following arguments are required|ambiguous option|argument|invalid|unknown argument"
+        r"|expected one argument)",
+        "Correct the engine's arguments.",
+    ),
+)
+
 _MACHINE = (
+    FailureRule(
+        Kind.BAD_ARGUMENT,
+        Blame.STUDY,
+        r"\[Errno 99\]",
+        "This machine has no such network address: correct `host`.",
+        only_at=(Stage.ARGUMENTS, Stage.CONFIGURATION),
+    ),
     _environment(
         Kind.PORT_IN_USE,
         r"[Aa]ddress already in use|EADDRINUSE|couldn't bind HTTP server socket",
@@ -159,15 +188,20 @@ _MACHINE = (
     FailureRule(
         Kind.DEVICE_BUSY,
         Blame.ENVIRONMENT,
-        _FREE_ON_START,
+        "Free " + _FREE_ON_START,
         "Only {free} of {total} GiB are free on {device}: end the other process there, or ask for less than {wanted} "
         "GiB (gpu-memory-utilization).",
         holds=_held_by_others,
     ),
     _parameters(
         Kind.OUT_OF_MEMORY,
-        _FREE_ON_START,
+        "Free " + _FREE_ON_START,
         "The device has {free} GiB free when nothing runs on it: set gpu-memory-utilization below {share}.",
+    ),
+    _parameters(
+        Kind.OUT_OF_MEMORY,
+        "Available " + _FREE_ON_START,
+        "{wanted} GiB are asked for and {free} of {total} GiB are free: set gpu-memory-utilization below {share}.",
     ),
     _environment(
         Kind.DEVICE_BUSY,
@@ -224,6 +258,12 @@ _MEMORY = (
         "Lower max-num-seqs below {seqs}, or give the KV cache more memory.",
     ),
     _parameters(
+        Kind.KV_CACHE_TOO_SMALL,
+        r"on kv cache allocation is less than requested memory for kv \(-",
+        "The share of memory that the engine may use is smaller than what it uses already: raise "
+        "gpu-memory-utilization, or set kv-cache-memory-bytes.",
+    ),
+    _parameters(
         Kind.OUT_OF_MEMORY,
         r"Available memory on node \S+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache allocation is less than "
         r"requested memory for kv \((?P<wanted>[\d.]+)",
@@ -243,7 +283,7 @@ _MEMORY = (
     _parameters(
         Kind.OUT_OF_MEMORY,
         r"OutOfMemoryError|(?:CUDA|HIP|XPU|cuBLAS|cudaMalloc)\b[^.]{0,40}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-        r"|CUDA error: out of memory|ErrorOutOfMemory|failed to allocate (?:\S+ )?buffer",
+        r"|[Cc]uda failure (?:\d+ )?'out of memory'|ErrorOutOfMemory|failed to allocate (?:\S+ )?buffer",
         "The device's memory is full: lower gpu-memory-utilization, max-num-seqs or max-num-batched-tokens.",
     ),
     _parameters(
@@ -290,7 +330,7 @@ _MODEL = (
         Kind.MODEL_NOT_FOUND,
         r"Cannot find any model weights|does not appear to have a file named|Error no file named|No such file or "
         r"directory: '[^']*(?:\.safetensors|\.bin|\.gguf|config\.json|tokenizer[^']*)'|Invalid repository ID or local "
-        r"directory|failed to (?:open|load) (?:GGUF|model)|error loading model",
+        r"directory|failed to (?:open|load) GGUF",
         "The model's folder lacks files: fetch the model anew or correct its path.",
     ),
     _study(
@@ -322,6 +362,11 @@ _MODEL = (
         "The model brings its own code: set trust-remote-code in engine.args if you trust it.",
     ),
     _study(
+        Kind.MODEL_NOT_FOUND,
+        r"error loading model",
+        "The engine cannot read this model: check its path, or fetch it anew.",
+    ),
+    _study(
         Kind.ACCESS_DENIED,
         r"PermissionError: \[Errno 13\]",
         "The engine may not read this file: correct its permissions.",
@@ -336,7 +381,7 @@ _CAPABILITY = (
     ),
     _parameters(
         Kind.UNSUPPORTED,
-        r"No common block size for (?P<size>\d+) \((?P<allowed>[^)]*\)[^)]*)\)",
+        r"No common block size for (?P<size>\d+) \((?P<allowed>.*)\)",
         "The attention backend does not take block-size {size}; it takes {allowed}.",
     ),
     _parameters(
@@ -367,6 +412,24 @@ _CAPABILITY = (
         r"|(?:backend|kernel)s? (?:is|are) not (?:available|supported|implemented)",
         "Choose another attention backend, block-size or dtype of the KV cache.",
     ),
+    _parameters(
+        Kind.UNSUPPORTED,
+        r"OutOfResources|out of resource: shared memory",
+        "A kernel needs more shared memory than this device has: choose another attention backend or block-size.",
+    ),
+    FailureRule(
+        Kind.UNSUPPORTED,
+        Blame.STUDY,
+        r"No module named|ImportError|No package metadata was found|cannot open shared object file|undefined symbol"
+        r"|command not found",
+        "The engine is not installed, or not whole: install it anew (engine.python of the study names its Python).",
+        only_at=(Stage.ARGUMENTS,),
+    ),
+    _study(
+        Kind.UNSUPPORTED,
+        r"Failed to find C compiler|Ninja is required|Could not find nvcc|nvcc: not found|fatal error: Python\.h",
+        "The engine compiles kernels and lacks a compiler for it: install gcc, ninja or the CUDA toolkit.",
+    ),
     _study(
         Kind.UNSUPPORTED,
         r"Failed to infer device type|CUDA driver version is insufficient|Torch not compiled with CUDA enabled"
@@ -382,22 +445,6 @@ _CAPABILITY = (
 )
 
 _CONFIGURATION = (
-    _parameters(
-        Kind.BAD_ARGUMENT,
-        r"error: unrecognized arguments: (?P<what>.*)",
-        "The engine does not know {what}: correct its spelling or remove it.",
-    ),
-    _parameters(
-        Kind.BAD_ARGUMENT,
-        r"error: argument (?P<flag>\S+?)(?:/\S+)?: (?P<why>[^\n]{1,120})",
-        "Give {flag} a value that the engine takes.",
-    ),
-    _parameters(
-        Kind.BAD_ARGUMENT,
-        r"error: (?:the following arguments are required|ambiguous option|argument|invalid|unknown argument"
-        r"|expected one argument)",
-        "Correct the engine's arguments.",
-    ),
     _parameters(
         Kind.INVALID_CONFIG,
         r"max_model_len \((?P<length>\d+)\) is greater than the derived max_model_len "
@@ -426,6 +473,11 @@ _CONFIGURATION = (
     ),
     _parameters(
         Kind.INVALID_CONFIG,
+        r"Duplicate GPU detected|number of required GPUs exceeds the total number of available GPUs",
+        "There are fewer GPUs than workers: lower the parallel sizes.",
+    ),
+    _parameters(
+        Kind.INVALID_CONFIG,
         r"Not enough allowed NUMA nodes to bind threads of (?P<workers>\d+) local CPUWorkers",
         "Set VLLM_CPU_OMP_THREADS_BIND to cores for each of the {workers} workers, or lower the parallel sizes.",
     ),
@@ -437,10 +489,21 @@ _CONFIGURATION = (
     ),
     _parameters(
         Kind.BAD_ARGUMENT,
+        r"VLLMValidationError: .*\(parameter=(?P<flag>\w+)\)",
+        "Give {flag} a value that the engine takes.",
+        only_at=_STARTING,
+    ),
+    _parameters(
+        Kind.BAD_ARGUMENT,
         r"invalid literal for int\(\) with base 10: (?P<value>'[^']*')|could not convert string to float: "
         r"(?P<text>'[^']*')",
         "A value of an argument or environment variable is no number of the form the engine takes.",
         only_at=_STARTING,
+    ),
+    _parameters(
+        Kind.INVALID_CONFIG,
+        r"^(?P<field>\w+): Input should be ",
+        "Correct {field}, or keep such values out of the search space.",
     ),
     _parameters(
         Kind.INVALID_CONFIG,
@@ -480,7 +543,7 @@ _DEATHS = (
     _parameters(
         Kind.WORKER_LOST,
         r"Worker proc \S+ died unexpectedly \(exit code: (?P<code>[-\w]+)\)|RayWorkerProc rank=\S+ died unexpectedly",
-        "A worker ended by itself: look at the engine's lines just before.",
+        "A worker ended by itself: leave the setting out, and look at the engine's lines just before.",
     ),
     _parameters(
         Kind.ENGINE_DIED,
@@ -509,21 +572,22 @@ _DEATHS = (
 VLLM_RULES = LogRules(
     stages=tuple(sorted(_VLLM_STAGES + _OTHER_STAGES, key=lambda rule: rule.stage.order)),
     shares={Stage.WEIGHTS: r"(\d{1,3})% Completed", Stage.GRAPH_CAPTURE: r"(\d{1,3})%\|"},
-    failures=_MACHINE + _MEMORY + _MODEL + _CONFIGURATION + _CAPABILITY + _DEATHS,
+    failures=_ARGUMENTS + _MACHINE + _MEMORY + _MODEL + _CAPABILITY + _CONFIGURATION + _DEATHS,
     echoes=(
         r"See root cause above|[Ss]ee stack trace (?:\(?above\)? )?for (?:the )?root cause|check the stack trace above"
         r"|WorkerProc initialization failed|^RuntimeError: (?:Executor failed|cancelled)|EngineDeadError"
         r"|EngineCore encountered|EngineCore failed to start|output_handler failed|WorkerProc failed|WorkerProc hit"
     ),
     fatal=(
-        r"EngineCore failed to start|EngineCore encountered a fatal error|Engine core initialization failed"
+        r"EngineCore failed to start|EngineCore encountered a fatal error|Engine (?:core initialization|process) failed"
         r"|(?:died|exited) unexpectedly|WorkerProc failed to start|WorkerProc initialization failed|EngineDeadError"
         r"|AsyncLLM output_handler failed|^[\w.-]+: error: |terminate called after throwing|Fatal Python error"
-        r"|Received sigquit from a child process|exiting due to model loading error"
+        r"|error while attempting to bind|Received sigquit from a child process|exiting due to model loading error"
     ),
     lone=(
         r"^[\w./-]+: error: |^[Ee]rror: |(?:died|exited) unexpectedly|terminate called after throwing"
-        r"|\[Errno \d+\] error while|error loading model|^Fatal Python error|Segmentation fault|cudaMalloc failed|Bus error"
+        r"|\[Errno \d+\] error while|error loading model|^Fatal Python error|Segmentation fault|cudaMalloc failed"
+        r"|Bus error|: No module named |command not found"
     ),
     harmless=(
         r"Exception in ASGI application|Exception ignored in|exception was never retrieved|Exception in callback"

@@ -108,6 +108,7 @@ class EngineServer:
         on_progress: ProgressListener | None = None,
     ) -> None:
         """`deadline` is on `time.monotonic()`; `timeout_s` is the limit it stands for, named in the failure."""
+        workdir = workdir.absolute()  # The supervisor works elsewhere.
         self.base_url = f"http://127.0.0.1:{port}"
         self.log_path = workdir / LOG_NAME
         self.stage = Stage.ARGUMENTS
@@ -239,11 +240,14 @@ class EngineServer:
         """Wait until it serves: until `probe` (default: GET /health answers 200) is true.
 
         Raises:
-            TrialFailed: it ended, was lost or did not get there before the deadline.
+            TrialFailed: it ended, was lost or did not get there before the deadline; also where another thread
+                stopped it, who then knows why better than this error does.
         """
         probe = probe or self._is_healthy
         while not (self.pid is not None and probe()):
             self.check()
+            if self._ended:
+                raise TrialFailed(self._stopped_early())
             self._pause(_POLL_S)
         self.check()
         self._served = True
@@ -288,6 +292,10 @@ class EngineServer:
         evidence = f"the supervisor of the engine's processes {what}"
         remedy = "Look for who ends processes on this machine: the kernel's log names what it killed for memory."
         return Failure(self._reached, Kind.ENGINE_DIED, Blame.ENVIRONMENT, evidence, remedy, self.share)
+
+    def _stopped_early(self) -> Failure:
+        evidence = "was stopped before it served"
+        return Failure(self._reached, Kind.UNKNOWN, Blame.ENVIRONMENT, evidence, "None: it was asked for.", self.share)
 
     def _timed_out(self) -> Failure:
         evidence = f"timed out after {self._timeout_s:g} seconds"

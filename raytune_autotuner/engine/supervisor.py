@@ -75,6 +75,7 @@ class Supervisor:
         self._watch_signals()
         self._watch_owner()
         self._channel.send("hello", pid=os.getpid())
+        self._on_command()  # What came along with the spec.
         try:
             if self._take_locks() and self._start():
                 self._until(lambda: self._cause is not None)

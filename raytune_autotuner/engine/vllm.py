@@ -21,7 +21,7 @@ from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.reading import VLLM_RULES, LogRules
 from raytune_autotuner.engine.vllm_probe import flag
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import Choice, Params, Parameter, format_value
+from raytune_autotuner.study.space import Choice, Parameter, Params, format_value
 from raytune_autotuner.study.study import Study
 
 PROBE_TIMEOUT_S = 300
@@ -193,7 +193,9 @@ class VllmEngine:
         environment = {**os.environ, **self._environment({})}
         try:
             done = subprocess.run(
-                [self._python, str(_PROBE)],
+                # As text: run as a file, its folder would stand first on the path, and this module hide vLLM.
+                [self._python, "-c", _PROBE.read_text()],
+                cwd=os.sep,
                 input=json.dumps(question),
                 capture_output=True,
                 text=True,

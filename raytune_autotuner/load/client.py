@@ -13,31 +13,21 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import count
-from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 
-import aiohttp
-
+from raytune_autotuner.load.connection import Pool
+from raytune_autotuner.load.stream import BadAnswer, TokenStream, short
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.records import RequestRecord
-from raytune_autotuner.study.errors import AutotunerError
 
 MAX_CPU_SHARE = 0.7
 """Above this share of one core in use, tokens wait for the client: the measurement is not the engine's any more."""
 
 _PULSE_S = 0.05
 _BEATS_A_LOOK = 10
-# Under load aiohttp pauses a socket whose buffer is full; its default of 64 KiB does so in the middle of answers.
-_READ_BUFFER_BYTES = 2**21
-# Shorter than servers keep an idle connection, so that none is reused in the moment in which the server closes it.
-_KEEPALIVE_S = 2.0
-_MAX_EVENT_BYTES = 2**20
-_MAX_ERROR_CHARS = 200
-_HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
 
 OnProgress = Callable[[int, int, int], None]
 """Called with (requests done, requests in all, requests failed)."""
@@ -91,10 +81,13 @@ async def run(
     `check` and `on_progress` are called twice a second, between arrivals, so they must be quick; what `check` raises
     aborts the load and is raised here. The records made until then are also in `keep`, in the order of their ends.
     """
-    bodies = [_body(model, request) for request in requests]
-    async with _session(request_timeout_s) as session:
-        load = _Load(session, base_url, level, [] if keep is None else keep)
-        return await load.run(list(zip(requests, bodies, strict=True)), deadline, on_progress, check)
+    pool = Pool(base_url)
+    prepared = [(request, pool.request("/v1/completions", _body(model, request))) for request in requests]
+    load = _Load(pool, level, request_timeout_s, [] if keep is None else keep)
+    try:
+        return await load.run(prepared, deadline, on_progress, check)
+    finally:
+        await pool.close()
 
 
 def blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
@@ -136,109 +129,13 @@ def _body(model: str, request: Request) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def _session(request_timeout_s: float | None) -> aiohttp.ClientSession:
-    """A session that opens as many connections as there are requests, and ignores proxies of the environment."""
-    tracing = aiohttp.TraceConfig()
-    tracing.on_request_headers_sent.append(_note_sending)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=request_timeout_s),
-        read_bufsize=_READ_BUFFER_BYTES,
-        headers=_HEADERS,
-        trace_configs=[tracing],
-        trust_env=False,
-    )
-
-
-async def _note_sending(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    """A request goes out: until then it had waited for the client, of which the engine knows nothing."""
-    context.trace_request_ctx.append(time.monotonic())
-
-
-class BadAnswer(AutotunerError):
-    """The server answered something else than a stream of tokens; the text says what."""
-
-
-class TokenStream:
-    """Reads an answer's server-sent events: when tokens arrived, and the server's own counts.
-
-    Cheap per token: an event with text in it is known by its bytes and not parsed. That is safe, since a quote inside
-    JSON text is escaped, so that the marker cannot be part of what the model said. All other events are parsed.
-    """
-
-    __slots__ = ("_rest", "done", "times_s", "tokens_in", "tokens_out")
-
-    def __init__(self) -> None:
-        self.times_s: list[float] = []
-        self.tokens_in: int | None = None
-        self.tokens_out: int | None = None
-        self.done = False
-        self._rest = b""
-
-    def feed(self, data: bytes, now_s: float) -> None:
-        """Take in bytes as they came from the socket, cut anywhere; raises `BadAnswer`."""
-        if self._rest:
-            data = self._rest + data
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        *events, self._rest = data.split(b"\n\n")
-        for event in events:
-            if _is_plain_token(event):
-                self.times_s.append(now_s)
-            else:
-                self._parse(event, now_s)
-        if len(self._rest) > _MAX_EVENT_BYTES:
-            raise BadAnswer(f"no event in {len(self._rest):,} bytes: {_short(self._rest)}")
-
-    def close(self, tokens_wanted: int) -> None:
-        """The answer has ended: raises `BadAnswer` where it is not a full one."""
-        if self._rest.strip():
-            raise BadAnswer(f"answer cut short after {_short(self._rest)!r}")
-        if self.tokens_out is None:
-            raise BadAnswer(f"answer cut short: no usage after {len(self.times_s)} chunks")
-        if self.tokens_out != tokens_wanted:
-            raise BadAnswer(f"{tokens_wanted} output tokens wanted, {self.tokens_out} answered")
-        if not self.times_s:
-            raise BadAnswer("no token arrived")
-
-    def _parse(self, event: bytes, now_s: float) -> None:
-        lines = [line for line in event.split(b"\n") if line and not line.startswith(b":")]
-        data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
-        if data == b"[DONE]":
-            self.done = True
-        elif data:
-            self._take(data, now_s)
-        elif lines:
-            raise BadAnswer(f"not an event: {_short(event)!r}")
-
-    def _take(self, data: bytes, now_s: float) -> None:
-        try:
-            chunk = json.loads(data)
-        except ValueError as error:
-            raise BadAnswer(f"not JSON: {_short(data)!r}") from error
-        if not isinstance(chunk, dict):
-            raise BadAnswer(f"not a chunk: {_short(data)!r}")
-        if chunk.get("error"):
-            raise BadAnswer(f"error in the stream: {_message(chunk)}")
-        if chunk.get("choices"):
-            self.times_s.append(now_s)
-        if isinstance(usage := chunk.get("usage"), dict):
-            self.tokens_in, self.tokens_out = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
-
-
-def _is_plain_token(event: bytes) -> bool:
-    if b'"choices":[{' in event:
-        return b'"usage":{' not in event
-    return b'"choices": [{' in event and b'"usage": {' not in event
-
-
 class _Load:
     """One load while it runs."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, level: Level, keep: list[RequestRecord]) -> None:
-        self._session = session
-        self._url = f"{base_url.rstrip('/')}/v1/completions"
+    def __init__(self, pool: Pool, level: Level, timeout_s: float | None, keep: list[RequestRecord]) -> None:
+        self._pool = pool
         self._level = level
+        self._timeout_s = timeout_s
         self._keep = keep
         self._records: list[RequestRecord] = []
         self._failed = 0
@@ -293,8 +190,8 @@ class _Load:
         queue = iter(pairs)
 
         async def send_in_turn() -> None:
-            for request, body in queue:
-                await self._send(request, body)
+            for request, data in queue:
+                await self._send(request, data)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._level.concurrency or 1, len(pairs))):
@@ -302,49 +199,54 @@ class _Load:
 
     async def _open_loop(self, pairs: Sequence[tuple[Request, bytes]]) -> None:
         async with asyncio.TaskGroup() as group:
-            for request, body in pairs:
-                await asyncio.sleep(max(request.scheduled_s - self._now(), 0.0))
-                group.create_task(self._send(request, body, request.scheduled_s))
+            for request, data in pairs:
+                if (early_s := request.scheduled_s - self._now()) > 0:
+                    await asyncio.sleep(early_s)
+                group.create_task(self._send(request, data, request.scheduled_s))
 
     def _now(self) -> float:
         return time.monotonic() - self._start
 
-    async def _send(self, request: Request, body: bytes, scheduled_s: float | None = None) -> None:
+    async def _send(self, request: Request, data: bytes, scheduled_s: float | None = None) -> None:
         """Send one request, due now or since `scheduled_s`, and keep its record, whatever becomes of it."""
         stream = TokenStream()
         sendings = [time.monotonic()]
         error: str | None = self._ended_by
         try:
-            error = await self._answer(request, body, stream, sendings)
+            async with asyncio.timeout(self._timeout_s):
+                await self._answer(data, stream, sendings)
+            stream.close(request.tokens_out)
+            error = None
         except asyncio.CancelledError:
             error = self._ended_by
             raise
         except TimeoutError:
             error = f"request timeout after {time.monotonic() - sendings[0]:.1f} s"
-        except (aiohttp.ClientError, OSError) as problem:
-            error = _short(f"{type(problem).__name__}: {problem}")
+        except OSError as problem:
+            error = short(f"{type(problem).__name__}: {problem}")
+        except BadAnswer as problem:
+            error = short(str(problem))
         finally:
             sent_s = sendings[-1] - self._start
             self._record(request, stream, sent_s if scheduled_s is None else scheduled_s, sent_s, error)
 
-    async def _answer(self, request: Request, body: bytes, stream: TokenStream, sendings: list[float]) -> str | None:
-        """Read the whole answer into `stream`, the sending's time into `sendings`; returns what is wrong with it."""
-        async with self._session.post(self._url, data=body, trace_request_ctx=sendings) as response:
-            if response.status != 200:
-                return f"HTTP {response.status}: {_message_in(await response.content.read(65_536))}"
-            read, feed, now = response.content.readany, stream.feed, time.monotonic
-            try:
-                while data := await read():
-                    feed(data, now() - self._start)
-                stream.close(request.tokens_out)
-            except BadAnswer as problem:
-                response.close()
-                return _short(str(problem))
-        return None
+    async def _answer(self, data: bytes, stream: TokenStream, sendings: list[float]) -> None:
+        """Read the whole answer into `stream`.
+
+        Its sending is noted in `sendings` once there is a connection: until then the request waits for the client, of
+        which the engine knows nothing.
+        """
+        connection = await self._pool.connection()
+        try:
+            sendings.append(time.monotonic())
+            await connection.ask(data, stream.feed)
+        finally:
+            self._pool.give_back(connection)
 
     def _record(
         self, request: Request, stream: TokenStream, scheduled_s: float, sent_s: float, error: str | None
     ) -> None:
+        times_s = tuple(time_s - self._start for time_s in stream.times_s)
         record = RequestRecord(
             index=request.index,
             level=self._level.label,
@@ -352,9 +254,9 @@ class _Load:
             phase=request.phase,
             scheduled_s=scheduled_s,
             sent_s=sent_s,
-            first_token_s=stream.times_s[0] if stream.times_s else None,
+            first_token_s=times_s[0] if times_s else None,
             end_s=self._now(),
-            token_times_s=tuple(stream.times_s),
+            token_times_s=times_s,
             tokens_in=stream.tokens_in,
             tokens_out=stream.tokens_out,
             tokens_out_wanted=request.tokens_out,
@@ -389,28 +291,3 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-
-
-def _count(usage: dict[str, Any], name: str) -> int | None:
-    value = usage.get(name)
-    return value if isinstance(value, int) else None
-
-
-def _message_in(body: bytes) -> str:
-    """What a refusal says: the error message in its JSON, else its text."""
-    with suppress(ValueError):
-        parsed = json.loads(body)
-        if isinstance(parsed, dict):
-            return _message(parsed)
-    return _short(body)
-
-
-def _message(chunk: dict[str, Any]) -> str:
-    error = chunk.get("error", chunk)
-    return _short(str(error.get("message", error) if isinstance(error, dict) else error))
-
-
-def _short(text: bytes | str) -> str:
-    """One line of at most 200 characters."""
-    shown = text[: 4 * _MAX_ERROR_CHARS].decode(errors="replace") if isinstance(text, bytes) else text
-    return " ".join(shown.split())[:_MAX_ERROR_CHARS]

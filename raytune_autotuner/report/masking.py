@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 MASK = "***"
 _SEGMENTS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
 _MIN_SECRET = 8  # shorter values of secret variables would blank out ordinary words
+_HINT = re.compile(r"hf_|sk-|gh[pousr]_|AKIA|://|(?i:token|key|secret|passw|credential|bearer)")
+"""Nearly every line has none of these, and is passed on as it is."""
 _LOOKS = re.compile(r"\b(?:hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{16})\b")
 _BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{6,}")
 _IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^/\s:@]*:)[^/\s@]+(@)")
@@ -38,15 +41,25 @@ def is_secret(name: str) -> bool:
 def mask(text: str, env: Mapping[str, str] | None = None) -> str:
     """`text` without secrets: known looks, values beside telling names, and the values of secret variables in `env`.
 
-    `env` is this process's environment unless given.
+    `env` is this process's environment unless given, as it was at the first call.
     """
-    for name, value in (os.environ if env is None else env).items():
-        if len(value) >= _MIN_SECRET and value in text and is_secret(name):
-            text = text.replace(value, MASK)
+    for value in _own_secrets() if env is None else _secrets(env):
+        text = text.replace(value, MASK)
+    if not _HINT.search(text):
+        return text
     text = _LOOKS.sub(MASK, text)
     text = _BEARER.sub(rf"\g<1>{MASK}", text)
     text = _IN_URL.sub(rf"\g<1>{MASK}\g<2>", text)
     return _NAMED.sub(_keep_quotes, text)
+
+
+def _secrets(env: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(value for name, value in env.items() if len(value) >= _MIN_SECRET and is_secret(name))
+
+
+@cache
+def _own_secrets() -> tuple[str, ...]:
+    return _secrets(os.environ)
 
 
 def mask_values(value: Any) -> Any:

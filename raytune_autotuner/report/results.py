@@ -317,9 +317,9 @@ def _one_type(cells: Sequence[Any]) -> list[Any]:
         return list(cells)
     if types and types <= {int, float}:
         return [None if cell is None else float(cell) for cell in cells]
-    if len(types) <= 1 and types <= {str, bool}:
+    if types <= {bool}:
         return list(cells)
-    return [None if cell is None else format_value(cell) for cell in cells]
+    return [None if cell is None else format_value(cell).encode("utf-8", "replace").decode() for cell in cells]
 
 
 def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str) -> str:

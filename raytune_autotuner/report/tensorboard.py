@@ -2,13 +2,15 @@
 
 A trial's events lie in the trial's own folder, which makes it a run of that name; the study's folder is a run too, over
 trial numbers. What the HParams table shows is stated once for the study, so that a trial that failed before it had
-any metric stands in it beside the others. Dots and groups are TensorBoard's: `latency/ttft_ms_p90`.
+any metric stands in it beside the others.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from raytune_autotuner.report.events import promised_metrics
 from raytune_autotuner.report.masking import mask_values
@@ -18,9 +20,6 @@ from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.space import Choice, Parameter, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
-
-if TYPE_CHECKING:
-    from tensorboardX import FileWriter
 
 _PLUGIN = "hparams"
 _GROUPS = (
@@ -47,16 +46,16 @@ class TensorBoardWriter:
         self._folder = folder
         self._study = study
         self._ended: list[TrialRow] = []
-        self._trials: dict[int, FileWriter] = {}
-        self._root = _writer(folder.path)
-        self._root.add_summary(_experiment(study))
+        self._trials: dict[int, _EventFile] = {}
+        self._root = _EventFile(folder.path)
+        self._root.add(_experiment(study))
         self._root.flush()
 
     def round(self, row: TrialRow, number: int, metrics: Mapping[str, float]) -> None:
         """A running trial has finished its round `number`: what was measured in it."""
         writer = self._trial(row)
         for name, value in metrics.items():
-            _add_scalar(writer, tag(name), value, number)
+            writer.add_scalar(tag(name), value, number)
         writer.flush()
 
     def ended(self, row: TrialRow) -> None:
@@ -65,8 +64,8 @@ class TensorBoardWriter:
         writer = self._trial(row)
         rounds = self._study.workload.rounds
         for name, value in _final_scalars(row):
-            _add_scalar(writer, name, value, rounds)
-        writer.add_summary(_session_end(row.state is State.MEASURED))
+            writer.add_scalar(name, value, rounds)
+        writer.add(_session_end(row.state is State.MEASURED))
         del self._trials[row.number]
         writer.close()
         self._over_trials(row)
@@ -77,33 +76,46 @@ class TensorBoardWriter:
             writer.close()
         self._trials.clear()
 
-    def _trial(self, row: TrialRow) -> FileWriter:
+    def _trial(self, row: TrialRow) -> _EventFile:
         if row.number not in self._trials:
-            writer = _writer(self._folder.trial_dir(row.number, row.trial_id))
-            writer.add_summary(_session_start(self._study, row))
+            writer = _EventFile(self._folder.trial_dir(row.number, row.trial_id))
+            writer.add(_session_start(self._study, row))
             self._trials[row.number] = writer
         return self._trials[row.number]
 
     def _over_trials(self, row: TrialRow) -> None:
         """The study's own curves, whose steps are trial numbers."""
         for name, value in _outcome(row):
-            _add_scalar(self._root, f"study/{name}", value, row.number)
+            self._root.add_scalar(f"study/{name}", value, row.number)
         best = best_so_far(self._ended, self._study.objective.direction)
         if best is not None and best.score is not None:
-            _add_scalar(self._root, "study/best_score", best.score, row.number)
+            self._root.add_scalar("study/best_score", best.score, row.number)
         self._root.flush()
 
 
-def _writer(path: Any) -> FileWriter:
-    from tensorboardX import FileWriter
+class _EventFile:
+    """The events of one run, TensorBoard's own writer: it imports no torch."""
 
-    return FileWriter(str(path))
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        self._file = EventFileWriter(str(folder))
 
-def _add_scalar(writer: FileWriter, name: str, value: float, step: int) -> None:
-    from tensorboardX.proto.summary_pb2 import Summary
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    writer.add_summary(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step)
+        self.add(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step)
+
+    def add(self, summary: Any, step: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._file.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _outcome(row: TrialRow) -> Iterator[tuple[str, float]]:
@@ -125,7 +137,7 @@ def _final_scalars(row: TrialRow) -> Iterator[tuple[str, float]]:
 
 def _session_start(study: Study, row: TrialRow) -> Any:
     """The trial's parameters, as its line in the HParams table; the baseline's where the study fixes them."""
-    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
     start = SessionStartInfo()
     values = mask_values({**study.fixed, **row.params})
@@ -137,8 +149,8 @@ def _session_start(study: Study, row: TrialRow) -> Any:
 
 
 def _session_end(success: bool) -> Any:
-    from tensorboardX.proto.api_pb2 import Status
-    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
+    from tensorboard.plugins.hparams.api_pb2 import Status
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 
     status = Status.Value("STATUS_SUCCESS" if success else "STATUS_FAILURE")
     end = SessionEndInfo(status=status)
@@ -147,11 +159,13 @@ def _session_end(success: bool) -> Any:
 
 def _experiment(study: Study) -> Any:
     """The columns of the HParams table."""
-    from tensorboardX.proto.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName
-    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     columns = {"trial": "STRING", **{parameter.name: _kind(parameter) for parameter in study.space.parameters}}
-    hparams = [HParamInfo(name=name, type=DataType.Value(f"DATA_TYPE_{kind}")) for name, kind in columns.items()]
+    hparams = [
+        HParamInfo(name=name, type=DataType.Value(f"DATA_TYPE_{kind}"), differs=True) for name, kind in columns.items()
+    ]
     tags = {f"outcome/{name}": name for name in _OUTCOMES} | {tag(name): name for name in promised_metrics(study)}
     metrics = [MetricInfo(name=MetricName(tag=name), display_name=shown) for name, shown in tags.items()]
     experiment = Experiment(name=study.study, hparam_infos=hparams, metric_infos=metrics)
@@ -176,7 +190,7 @@ def _set(cell: Any, kind: str, value: Any) -> None:
 
 
 def _summary(name: str, content: Any) -> Any:
-    from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
     plugin = SummaryMetadata.PluginData(plugin_name=_PLUGIN, content=content.SerializeToString())
     return Summary(value=[Summary.Value(tag=name, metadata=SummaryMetadata(plugin_data=plugin))])

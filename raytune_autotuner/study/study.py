@@ -124,7 +124,9 @@ class ObjectiveSpec(_Model):
     @model_validator(mode="after")
     def _one_metric(self) -> ObjectiveSpec:
         if (self.maximize is None) == (self.minimize is None):
-            raise ValueError("exactly one of maximize and minimize is needed, such as {maximize: output_throughput_tok_s}")
+            raise ValueError(
+                "exactly one of maximize and minimize is needed, such as {maximize: output_throughput_tok_s}"
+            )
         return self
 
     @property
@@ -202,7 +204,9 @@ class Study(_Model):
     def _space_is_sound(self) -> Study:
         space = self.space  # raises ConfigError with the key in it
         if not space.parameters:
-            raise ConfigError("search_space is empty: name at least one parameter, such as max-num-seqs: {int: [1, 64]}.")
+            raise ConfigError(
+                "search_space is empty: name at least one parameter, such as max-num-seqs: {int: [1, 64]}."
+            )
         for name in space.by_name:
             if name in _RESERVED_ARGS:
                 raise ConfigError(f"search_space.{name}: {name!r} is set by the autotuner itself; leave it out.")
@@ -213,7 +217,9 @@ class Study(_Model):
         known = set(space.by_name) | set(self.fixed)
         for expression in (*space.constraints, *(p.when for p in space.parameters if p.when)):
             for name in sorted(expression.names - known):
-                raise ConfigError(f"`{expression.text}` names {name!r}, which is neither in search_space nor in engine.args.")
+                raise ConfigError(
+                    f"`{expression.text}` names {name!r}, which is neither in search_space nor in engine.args."
+                )
         for index, point in enumerate(self.search.points):
             space.check_point(point, f"search.points[{index}]")
         return self
@@ -305,7 +311,9 @@ def _lines(node: yaml.Node, source: Path, prefix: str = "", depth: int = 0) -> I
             if key in seen:
                 raise ConfigError(f"{source}, line {line}: key {key!r} stands twice.")
             if value.start_mark.index < key_node.start_mark.index or key == "<<":
-                raise ConfigError(f"{source}, line {line}: {key}: aliases (*name) are not supported; write the value out.")
+                raise ConfigError(
+                    f"{source}, line {line}: {key}: aliases (*name) are not supported; write the value out."
+                )
             seen.add(key)
             yield (path := f"{prefix}.{key}" if prefix else key), line
             yield from _lines(value, source, path, depth + 1)
@@ -383,7 +391,9 @@ def _explain(error: ValidationError, source: str, lines: Mapping[str, int]) -> l
     """A line for each wrong key: place, key, what is wrong, the value."""
     messages: dict[str, str] = {}
     for detail in error.errors():
-        parts = [part for part in detail["loc"] if isinstance(part, int) or not re.search(r"[\[( ]|^constrained", str(part))]
+        parts = [
+            part for part in detail["loc"] if isinstance(part, int) or not re.search(r"[\[( ]|^constrained", str(part))
+        ]
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
         key = re.sub(r"\.(float|int|auto|literal)$", "", key)
         if detail["type"] == "missing":

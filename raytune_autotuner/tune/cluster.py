@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.study.errors import ConfigError
@@ -92,13 +93,20 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(address: str | None = None) -> Iterator[Cluster]:
-    """Ray, started on this machine (or joined at `address`) and shut down at the end."""
+def running_cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator[Cluster]:
+    """Ray, started on this machine (or joined at `address`) and shut down at the end.
+
+    `num_cpus` is for a cluster that is started here; None for as many as the machine has.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
-    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
+    local: dict[str, Any] = {
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
     context = ray.init(
         address=address,
         logging_level=logging.ERROR,
@@ -106,10 +114,12 @@ def running_cluster(address: str | None = None) -> Iterator[Cluster]:
         configure_logging=True,
         **(local if address is None else {}),
     )
+    # Its errors are ours to tell, each once, with its trial.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         nodes = tuple(
             Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         )
         url = getattr(context, "dashboard_url", None)

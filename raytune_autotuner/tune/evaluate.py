@@ -5,6 +5,7 @@ Knows neither Ray nor Optuna: a trial can be run and debugged by hand. Everythin
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import traceback
@@ -31,6 +32,8 @@ from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
+
+logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = dict[str, float]
 Progress: TypeAlias = Callable[[Stage, float], None]
@@ -72,7 +75,7 @@ class Evaluation:
             yield from self._measure()
         except TrialFailed as failed:
             failure = failed.failure
-        except Exception as error:  # the trial boundary: whatever went wrong here is this trial's result
+        except Exception as error:  # noqa: BLE001  the trial boundary: what went wrong is its result
             self._log.write(self.stage, traceback.format_exc())
             failure = self._unexpected(error)
         metrics = self._metrics() if failure is None else {}
@@ -113,7 +116,9 @@ class Evaluation:
     def _await_ready(self, server: EngineServer) -> None:
         with self._timed("start"):
             server.wait_ready()
-            server.wait_ready(lambda: client.completion_probe(server.base_url, self.engine.served_model, PROBE_TIMEOUT_S))
+            server.wait_ready(
+                lambda: client.completion_probe(server.base_url, self.engine.served_model, PROBE_TIMEOUT_S)
+            )
         self._moved(Stage.READY, 0.0)
         self._log.write(self.stage, f"ready in {self.seconds['start']:.1f} s")
 
@@ -135,7 +140,9 @@ class Evaluation:
                 self._durations[level.label] += self._send(server, level, number, "measure", done, rounds * len(scale))
         metrics = self._metrics()
         objective = self.study.objective.metric
-        self._log.write(self.stage, f"round {number + 1} of {rounds}: {objective} {metrics.get(objective, float('nan')):.4g}")
+        self._log.write(
+            self.stage, f"round {number + 1} of {rounds}: {objective} {metrics.get(objective, float('nan')):.4g}"
+        )
         return metrics
 
     def _send(self, server: EngineServer, level: Level, number: int, phase: Phase, done: int, of: int) -> float:
@@ -145,7 +152,9 @@ class Evaluation:
 
         def progress(finished: int, total: int, failed: int) -> None:
             self._moved(stage, (done + finished / max(total, 1)) / of, always=finished > 0)
-            self._load_log.write(stage, f"{level.label} round {number}: {finished} of {total} requests, {failed} failed")
+            self._load_log.write(
+                stage, f"{level.label} round {number}: {finished} of {total} requests, {failed} failed"
+            )
 
         kept: list[RequestRecord] = []
         try:
@@ -194,7 +203,9 @@ class Evaluation:
 
     def _unexpected(self, error: Exception) -> Failure:
         evidence = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Failure(self.stage, Kind.UNKNOWN, Blame.PARAMETERS, evidence, "The traceback is in trial.log.", self.share)
+        return Failure(
+            self.stage, Kind.UNKNOWN, Blame.PARAMETERS, evidence, "The traceback is in trial.log.", self.share
+        )
 
     def _metrics(self) -> Metrics:
         """What all rounds so far come to, their samples pooled."""
@@ -235,7 +246,13 @@ class Evaluation:
         self._log.write(self.stage, f"starting {' '.join(launch.argv)}")
 
     def _keep(self, result: TrialResult) -> None:
-        write_records(self.workdir / "requests.parquet", self._records)
-        write_result(self.workdir, result)
-        said = result.failure or f"measured in {self.seconds['total']:.1f} s"
-        self._log.write(self.stage, str(said))
+        """Write down what was measured; a disk that is full must not take it from those who wait for it."""
+        try:
+            write_records(self.workdir / "requests.parquet", self._records)
+            write_result(self.workdir, result)
+            self._log.write(self.stage, str(result.failure or f"measured in {self.seconds['total']:.1f} s"))
+        except OSError as error:
+            logger.error("%s: could not be written: %s", self.workdir, error)
+        finally:
+            self._log.close()
+            self._load_log.close()

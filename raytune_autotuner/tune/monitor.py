@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from raytune_autotuner.study.failure import Kind, Stage
 from raytune_autotuner.tune.standing import Standing
@@ -28,7 +27,7 @@ class TrialMonitor:
     def __init__(self, timeout_s: float, hung_after_s: float) -> None:
         self._timeout_s = timeout_s
         self._hung_after_s = hung_after_s
-        self._actors: dict[str, ActorHandle] = {}
+        self._actors: dict[str, Any] = {}
         self._standing: dict[str, Standing] = {}
         self._closed = False
 
@@ -45,7 +44,7 @@ class TrialMonitor:
                     self._end(trial_id, Kind.HUNG)
             await asyncio.sleep(TICK_S)
 
-    async def register(self, trial_id: str, actor: ActorHandle) -> bool:
+    async def register(self, trial_id: str, actor: Any) -> bool:
         """A trial's clock starts; False where the study is ending and it must not begin."""
         now = time.time()
         self._standing[trial_id] = Standing(started_at=now, moved_at=now)
@@ -86,6 +85,6 @@ class TrialMonitor:
 
 def start_monitor(timeout_s: float, hung_after_s: float) -> Any:
     """The study's monitor as an actor handle, its clock running."""
-    monitor = ray.remote(TrialMonitor).options(num_cpus=0, name=None).remote(timeout_s, hung_after_s)
+    monitor: Any = ray.remote(TrialMonitor).options(num_cpus=0).remote(timeout_s, hung_after_s)
     monitor.watch.remote()
     return monitor

@@ -90,11 +90,16 @@ class TrialReporter:
         return next((row for i, row in self._rows.items() if self._keys[i] == key and row.state.teaches), None)
 
     def suggested(
-        self, number: int, trial_id: str, params: Params, filled: Params, name: str = "", retry_of: int | None = None
-    ) -> None:
-        """A new trial, waiting for its resources."""
+        self, trial_id: str, params: Params, filled: Params, name: str = "", retry_of: int | None = None
+    ) -> int:
+        """A new trial, waiting for its resources; returns its number.
+
+        Numbers are without gaps, so they are not Optuna's: it also counts suggestions that were never started.
+        """
+        number = len(self._rows)
         self._keys[trial_id] = _key(filled)
         self._put(trial_id, TrialRow(number, trial_id, name, dict(params), retry_of=retry_of))
+        return number
 
     def started(self, trial_id: str) -> None:
         """The trial's actor is being started."""

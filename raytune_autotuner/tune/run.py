@@ -31,7 +31,7 @@ from raytune_autotuner.load.workload import levels
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import LiveTrial, StudyStatus, write_status
+from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.verdict import verdict
@@ -54,10 +54,18 @@ ANSWER_S = 5.0
 """The monitor answers in milliseconds; one that does not is lost with its node."""
 
 
-def run_study(study: Study, results: Path, *, address: str | None = None, verbose: bool = False) -> int:
+def run_study(
+    study: Study,
+    results: Path,
+    *,
+    address: str | None = None,
+    verbose: bool = False,
+    trainable: type[EngineTrial] = EngineTrial,
+) -> int:
     """Run `study` and leave its folder under `results`; returns the exit code.
 
-    Raises `ConfigError` before anything is started where the study cannot run on this machine or cluster.
+    `trainable` is what runs in each trial's actor. Raises `ConfigError` before anything is started where the study
+    cannot run on this machine or cluster.
     """
     check_objective(study)
     engine = make_engine(study)
@@ -67,7 +75,7 @@ def run_study(study: Study, results: Path, *, address: str | None = None, verbos
         slots = cluster.slots(study, engine)
         folder = ResultsFolder.create(results.absolute(), study)
         watcher = make_watcher(verbose)
-        run = _Run(study, engine, cluster, slots, folder, watcher)
+        run = _Run(study, engine, cluster, slots, folder, watcher, trainable)
         try:
             with _stop_signals(run.interrupt):
                 run.search()
@@ -87,6 +95,7 @@ class _Run:
     slots: int
     folder: ResultsFolder
     watcher: Watcher
+    trainable: type[EngineTrial]
     begun: float = field(default_factory=time.time)
     standings: dict[str, Standing] = field(default_factory=dict)
 
@@ -111,9 +120,8 @@ class _Run:
         sampler, reason = make_sampler(self.study, self.slots)
         engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
         notes = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
-        self.watcher.started(
-            StudyInfo(self.study, self.folder.path, self.slots, self.cluster.dashboard_url, self.cluster.login_hint, notes)
-        )
+        url, login = self.cluster.dashboard_url, self.cluster.login_hint
+        self.watcher.started(StudyInfo(self.study, self.folder.path, self.slots, url, login, notes))
         for note in notes:
             self.log.write_study(note)
         searcher = StudySearch(
@@ -143,7 +151,7 @@ class _Run:
         if answer.winner is not None:
             lines = self.engine.launch_lines(answer.winner.params)
             self.folder.write_best(self.study, answer.winner, answer.baseline, self.engine.config_model(), lines[0])
-        phase = "interrupted" if self.reporter.interrupted else "finished"
+        phase: Phase = "interrupted" if self.reporter.interrupted else "finished"
         write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
         self.log.write_study(f"{phase}: {answer.sentence}")
         self.board.close()
@@ -157,7 +165,7 @@ class _Run:
         study = self.study
         job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor)
         return Tuner(
-            tune.with_parameters(EngineTrial, job=job),
+            tune.with_parameters(self.trainable, job=job),
             tune_config=TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, SearchSpace
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.tune.tell import encode_point, exists, in_order
+from raytune_autotuner.tune.tell import encode_point, exists, in_order, steps
 
 MAX_GRID = 100_000
 """Settings that a grid may have; more are a mistake, as no study measures them."""
@@ -30,16 +30,22 @@ MAX_STARTUP = 10
 _GP_NEEDS = ("torch", "scipy")
 
 
-def make_sampler(study: Study, concurrency: int) -> tuple[BaseSampler, str]:
+def make_sampler(study: Study, concurrency: int, drawn: int = 0) -> tuple[BaseSampler, str]:
     """The sampler of a study whose trials run `concurrency` at once, and why it was chosen.
+
+    `drawn` is the number of trials that Optuna's storage holds already: a resumed study goes on with another seed,
+    as the same one would draw the same settings again.
 
     Raises `ConfigError` where the sampler asked for cannot work here: `gp` without torch and scipy, `grid` over a
     range without steps.
     """
     name = study.search.sampler
+    seed = study.search.seed + drawn
     if name == "auto":
-        return _auto(study, concurrency)
-    made = {"tpe": _tpe, "gp": _gp, "random": _random, "grid": _grid}[name](study, concurrency)
+        return _auto(study, concurrency, seed)
+    if name == "grid":
+        return _grid(study), f"{name}: asked for in search.sampler"
+    made = {"tpe": _tpe, "gp": _gp, "random": _random}[name](study, concurrency, seed)
     return made, f"{name}: asked for in search.sampler"
 
 
@@ -112,25 +118,25 @@ class Grid(BaseSampler):
         return next((point for point in self._points if _key(point) not in seen), None)
 
 
-def _auto(study: Study, concurrency: int) -> tuple[BaseSampler, str]:
+def _auto(study: Study, concurrency: int, seed: int) -> tuple[BaseSampler, str]:
     size, trials = study.space.size, study.search.trials
     if size <= trials:
-        return _grid(study, concurrency), f"grid: {trials} trials reach all {size:.0f} settings of the space"
+        return _grid(study), f"grid: {trials} trials reach all {size:.0f} settings of the space"
     startup = startup_trials(trials)
     grouped = ", grouped by condition" if study.space.conditional else ""
     reason = f"tpe{grouped}: {trials} trials of {_count(size)} settings, the first {startup} of them at random"
-    return _tpe(study, concurrency), reason
+    return _tpe(study, concurrency, seed), reason
 
 
 def _count(size: float) -> str:
     return f"{size:,.0f}" if size < 1e9 else "very many"
 
 
-def _tpe(study: Study, concurrency: int) -> BaseSampler:
+def _tpe(study: Study, concurrency: int, seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # `group` is the only way for conditional spaces
         return TPESampler(
-            seed=study.search.seed,
+            seed=seed,
             multivariate=True,
             group=study.space.conditional,
             constant_liar=concurrency > 1,
@@ -138,7 +144,7 @@ def _tpe(study: Study, concurrency: int) -> BaseSampler:
         )
 
 
-def _gp(study: Study, concurrency: int) -> BaseSampler:
+def _gp(study: Study, concurrency: int, seed: int) -> BaseSampler:
     if lacking := [module for module in _GP_NEEDS if importlib.util.find_spec(module) is None]:
         raise ConfigError(
             f"search.sampler gp needs {' and '.join(lacking)}, which this Python does not have: "
@@ -147,14 +153,14 @@ def _gp(study: Study, concurrency: int) -> BaseSampler:
     if study.space.conditional:
         raise ConfigError("search.sampler gp cannot search parameters with a condition (when:); write sampler: tpe.")
     startup = startup_trials(study.search.trials)
-    return GPSampler(seed=study.search.seed, n_startup_trials=startup, deterministic_objective=False)
+    return GPSampler(seed=seed, n_startup_trials=startup, deterministic_objective=False)
 
 
-def _random(study: Study, concurrency: int) -> BaseSampler:
-    return RandomSampler(seed=study.search.seed)
+def _random(study: Study, concurrency: int, seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
 
 
-def _grid(study: Study, concurrency: int) -> BaseSampler:
+def _grid(study: Study) -> BaseSampler:
     return Grid(study.space, study.fixed, study.search.seed)
 
 
@@ -179,7 +185,7 @@ def _values(parameter: Parameter) -> Iterator[Any]:
         return
     if spec.size == float("inf"):
         raise ConfigError(f"search_space.{parameter.name}: a grid needs a step in a float range, such as step: 0.05.")
-    yield from (_step(spec, index) for index in range(int(spec.size)))
+    yield from (_step(spec, index) for index in range(steps(spec) + 1))
 
 
 def _step(spec: Range, index: int) -> int | float:

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -31,7 +31,7 @@ MAX_REFUSALS = 100
 """Suggestions refused in a row after which the space counts as exhausted."""
 
 
-class StudySearch(OptunaSearch):  # type: ignore[misc]
+class StudySearch(OptunaSearch):
     """Suggests settings to Ray Tune and tells Optuna how they ended."""
 
     def __init__(
@@ -68,7 +68,7 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]
     @property
     def ot_study(self) -> optuna.Study:
         """The Optuna study behind the search."""
-        return self._ot_study
+        return cast(optuna.Study, self._ot_study)
 
     def suggest(self, trial_id: str) -> Any:
         """The next setting as a trial's config; None for not now, `Searcher.FINISHED` for never again."""
@@ -78,19 +78,17 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]
             return None
         ot_trial, params = self._ask()
         if ot_trial is None:
-            self._reporter.end_search(f"{MAX_REFUSALS} suggestions in a row were refused or known: the space is exhausted")
+            self._reporter.end_search(
+                f"{MAX_REFUSALS} suggestions in a row were refused or known: all settings are tried"
+            )
             return Searcher.FINISHED if not self._reporter.live else None
         self._ot_trials[trial_id] = ot_trial
         attributes = ot_trial.user_attrs
-        self._reporter.suggested(
-            ot_trial.number,
-            trial_id,
-            params,
-            {**self._defaults, **params},
-            attributes.get("name", ""),
-            attributes.get("retry_of"),
-        )
-        return {"number": ot_trial.number, "params": params, **self._trial_resources(params)}
+        filled = {**self._defaults, **params}
+        name, retry_of = attributes.get("name", ""), attributes.get("retry_of")
+        number = self._reporter.suggested(trial_id, params, filled, name, retry_of)
+        ot_trial.set_user_attr("trial", number)
+        return {"number": number, "params": params, **self._trial_resources(params)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Intermediate results stay out of Optuna: a trial is told once, at its end."""
@@ -101,9 +99,13 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]
             return
         self._completed_trials.add(trial_id)
         row = self._reporter.ended(trial_id, None if error else result)
-        self._teller.tell(self._ot_study, self._ot_trials.pop(trial_id), row)
+        self._teller.tell(self.ot_study, self._ot_trials.pop(trial_id), row)
         if self._reporter.to_retry(row):
             self._enqueue(row.params, name=row.name, retry_of=row.number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles its parts; what is worth keeping stands in Optuna's storage and the results folder.
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save beside Optuna's own storage and the results folder."""
@@ -134,21 +136,21 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]
         attributes: dict[str, Any] = {"name": name, "params": dict(params), "placed": list(expressible)}
         if retry_of is not None:
             attributes["retry_of"] = retry_of
-        self._ot_study.enqueue_trial(encode_point(self._study.space, expressible), user_attrs=attributes)
+        self.ot_study.enqueue_trial(encode_point(self._study.space, expressible), user_attrs=attributes)
 
     def _ask(self) -> tuple[optuna.Trial | None, dict[str, Any]]:
         """An Optuna trial with a setting to measure, or (None, {}) after too many refusals in a row."""
         for _ in range(MAX_REFUSALS):
-            ot_trial = self._ot_study.ask()
+            ot_trial = self.ot_study.ask()
             if "params" in ot_trial.user_attrs:
                 return ot_trial, self._queued(ot_trial)
             params = suggest(ot_trial, self._study.space)
             known = self._reporter.known({**self._defaults, **params})
             broken = self._study.space.violated(params, self._study.fixed)
             if broken is not None:
-                self._teller.tell_refused(self._ot_study, ot_trial, f"breaks `{broken.text}`")
+                self._teller.tell_refused(self.ot_study, ot_trial, f"breaks `{broken.text}`")
             elif known is not None:
-                self._teller.tell_known(self._ot_study, ot_trial, known)
+                self._teller.tell_known(self.ot_study, ot_trial, known)
             else:
                 return ot_trial, params
         return None, {}

@@ -285,11 +285,14 @@ def _texts(choice: Choice) -> list[Any]:
     return list(choice.values) if distinct else [_json(value) for value in choice.values]
 
 
+def steps(spec: Range) -> int:
+    """How many steps fit above the lowest value of a range with one; forgives the last digit of a sum of steps."""
+    return math.floor((spec.high - spec.low) / (spec.step or 1) + 1e-9)
+
+
 def _top(spec: Range) -> float:
-    """The highest value that a whole number of steps reaches."""
-    if not spec.step:
-        return spec.high
-    return spec.low + math.floor((spec.high - spec.low) / spec.step + 1e-9) * spec.step
+    """The highest value that a whole number of steps reaches: Optuna warns of any other."""
+    return round(spec.low + steps(spec) * spec.step, 12) if spec.step else spec.high
 
 
 def _json(value: Any) -> str:

@@ -40,7 +40,7 @@ class Job:
     monitor: Any
 
 
-class EngineTrial(tune.Trainable):  # type: ignore[misc]
+class EngineTrial(tune.Trainable):
     """One setting, measured on a fresh engine."""
 
     @classmethod

@@ -50,7 +50,9 @@ class Actor:
     """Carries out the faults of one engine process, each once."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
-        self._due = [fault for fault in faults if _first_time(fault)]
+        due = [fault for fault in faults if _first_time(fault)]
+        self._due = [fault for fault in due if fault.effect not in PER_REQUEST]
+        self._spoilers = [fault for fault in due if fault.effect in PER_REQUEST]
         self.ignores_term = False
         self.engine_hangs = False
 
@@ -62,11 +64,10 @@ class Actor:
 
     def request(self, index: int) -> Fault | None:
         """Carry out what is due when request `index` arrives; the fault that spoils its answer, if any."""
-        under_load = [fault for fault in self._due if fault.stage.order > Stage.READY.order]
-        for fault in under_load:
-            if fault.effect not in PER_REQUEST and index >= fault.after:
+        for fault in [fault for fault in self._due if fault.stage.order > Stage.READY.order]:
+            if index >= fault.after:
                 self._act(fault)
-        return next((fault for fault in under_load if fault.effect in PER_REQUEST and fault.spoils(index)), None)
+        return next((fault for fault in self._spoilers if fault.spoils(index)), None)
 
     def _act(self, fault: Fault) -> None:
         self._due.remove(fault)
@@ -75,8 +76,6 @@ class Actor:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif fault.effect is Effect.HANG and fault.mode == "engine":
             self.engine_hangs = True
-        elif fault.effect in PER_REQUEST:
-            self._due.append(Fault(fault.effect, Stage.LOAD, share=fault.share, keep=fault.keep, mode=fault.mode))
         elif fault.effect in _SIDE_EFFECTS:
             _SIDE_EFFECTS[fault.effect](fault)
         else:

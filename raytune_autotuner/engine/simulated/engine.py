@@ -80,7 +80,9 @@ class SimulatedEngine:
         program = [sys.executable, "-m", "raytune_autotuner.engine.simulated"]
         address = ["--host", "127.0.0.1", "--port", str(port), "--model", self._study.model]
         setting = self._study.setting(params)
-        return program + address + [part for k, v in setting.items() if not k.startswith("env:") for part in _flag(k, v)]
+        return (
+            program + address + [part for k, v in setting.items() if not k.startswith("env:") for part in _flag(k, v)]
+        )
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -101,7 +103,9 @@ def _check(where: str, name: str, values: list[Any]) -> None:
         return
     if name not in known_flags():
         nearest = nearest_flag(name)
-        raise ConfigError(f"{where}: the simulated engine has no flag --{name}." + (f" Did you mean {nearest!r}?" if nearest else ""))
+        raise ConfigError(
+            f"{where}: the simulated engine has no flag --{name}." + (f" Did you mean {nearest!r}?" if nearest else "")
+        )
     for value in values:
         try:
             Setting.from_params({name: value})

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from raytune_autotuner.engine.simulated.cost import GIB, kv_cache_blocks, memory
+from raytune_autotuner.engine.simulated.cost import kv_cache_blocks, memory
 from raytune_autotuner.engine.simulated.faults import Effect, Fault
 from raytune_autotuner.engine.simulated.setting import Hardware, Setting
 from raytune_autotuner.study.failure import Stage
@@ -179,9 +179,3 @@ def too_small(max_model_len: int, needed_gib: float, available_gib: float) -> st
         f"To serve at least one request with the model's max seq len ({max_model_len}), ({needed_gib:.2f} GiB KV cache "
         f"is needed, which is larger than the available KV cache memory ({available_gib:.2f} GiB)."
     )
-
-
-def available_gib(setting: Setting, hardware: Hardware) -> float:
-    """KV-cache memory in whole blocks, in GiB."""
-    blocks = kv_cache_blocks(setting, hardware)
-    return blocks * setting.block_size * hardware.kv_bytes_per_token / GIB

@@ -83,7 +83,7 @@ KINDS: dict[Effect, Kind] = {
 """What a trial with this effect fails as; effects that are not here do not fail a trial by themselves."""
 
 PER_REQUEST = frozenset({Effect.GARBAGE, Effect.ERROR500, Effect.CUT_SHORT, Effect.DISCONNECT})
-"""Effects that spoil a share of the answers and leave the engine running."""
+"""Effects that spoil a share of the answers and leave the engine running; their stage does not matter."""
 
 TREE = ("child", "grandchild", "setsid", "setsid-grandchild", "daemon", "stubborn")
 """Processes that a leak can start: the last one ignores SIGTERM."""

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -30,7 +31,7 @@ _SSE = {"Content-Type": "text/event-stream; charset=utf-8"}
 
 
 class Core:
-    """Steps the scheduler in real time; a request is a queue of "was this the last token" flags."""
+    """Steps the scheduler in real time; each request has a queue of its tokens."""
 
     def __init__(self, scheduler: Scheduler, actor: Actor) -> None:
         self.scheduler = scheduler
@@ -51,7 +52,7 @@ class Core:
             await self._step()
 
     async def tokens(self, request: Request) -> AsyncGenerator[bool, None]:
-        """Queue a request and yield for each of its tokens whether it is the last; aborted when closed early."""
+        """Queue a request and yield once for each token, True for the last; aborted when closed early."""
         queue = self._queues[request.id] = asyncio.Queue()
         self.scheduler.add(request)
         self._work.set()
@@ -129,66 +130,73 @@ class Api:
         index = next(self._ids)
         spoiled = self._actor.request(index)
         if spoiled is not None and spoiled.effect is Effect.ERROR500:
-            return web.json_response(wire.error_body("EngineCore failed on this request.", 500), status=500)
+            return _error("EngineCore failed on this request.", 500)
         if spoiled is not None and spoiled.effect is Effect.GARBAGE and spoiled.mode != "empty":
             return _rubbish(spoiled)
         try:
-            ask = wire.read(await _json(request), chat, self._options.served_names, self._options.setting.max_model_len)
+            reply = self._reply(index, await _json(request), chat, spoiled)
         except wire.BadRequest as error:
-            return web.json_response(wire.error_body(str(error), error.status), status=error.status)
-        words = _spoil(ask.words(), spoiled)
-        asked = Request(index, ask.prompt_tokens, len(words), self._prefix(ask))
-        finish = "length" if len(words) == ask.max_tokens else "stop"
-        if ask.stream:
-            cut = len(words) // 2 if spoiled and spoiled.effect is Effect.DISCONNECT else None
-            return await self._stream(request, wire.Answer(ask), asked, words, finish, ask.include_usage, cut)
-        return await self._whole(wire.Answer(ask), asked, words, finish)
+            return _error(str(error), error.status)
+        return await self._stream(request, reply) if reply.ask.stream else await self._whole(reply)
 
-    def _prefix(self, ask: wire.Ask) -> tuple[int, ...]:
+    def _reply(self, index: int, body: dict[str, object], chat: bool, spoiled: Fault | None) -> _Reply:
         setting = self._options.setting
-        return ask.prefix(setting.block_size) if setting.enable_prefix_caching else ()
+        ask = wire.read(body, chat, self._options.served_names, setting.max_model_len)
+        words = _spoil(ask.words(), spoiled)
+        prefix = ask.prefix(setting.block_size) if setting.enable_prefix_caching else ()
+        cut = len(words) // 2 if spoiled is not None and spoiled.effect is Effect.DISCONNECT else None
+        return _Reply(ask, words, Request(index, ask.prompt_tokens, len(words), prefix), cut)
 
-    async def _whole(self, answer: wire.Answer, asked: Request, words: Sequence[str], finish: str) -> web.Response:
-        if words:
-            async with contextlib.aclosing(self._core.tokens(asked)) as tokens:
-                async for _ in tokens:
-                    pass
+    async def _whole(self, reply: _Reply) -> web.Response:
+        async for _ in self._words(reply):
+            pass
         self._finished += 1
-        return web.json_response(answer.body(words, finish))
+        return web.json_response(wire.Answer(reply.ask).body(reply.words, reply.finish_reason))
 
-    async def _stream(
-        self,
-        request: web.Request,
-        answer: wire.Answer,
-        asked: Request,
-        words: Sequence[str],
-        finish: str,
-        include_usage: bool,
-        cut: int | None,
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_SSE)
+    async def _stream(self, request: web.Request, reply: _Reply) -> web.StreamResponse:
+        answer, response = wire.Answer(reply.ask), web.StreamResponse(headers=_SSE)
         await response.prepare(request)
         with contextlib.suppress(ConnectionResetError):
             if opening := answer.opening():
                 await response.write(opening)
-            async for index, last in self._numbered(asked):
-                if index == cut and request.transport is not None:
+            async for index, word in self._words(reply):
+                if index == reply.cut_at and request.transport is not None:
                     request.transport.abort()
                     return response
-                await response.write(answer.token(words[index], finish if last else None))
-            end = answer.usage_chunk(len(words)) if include_usage else b""
+                last = index == len(reply.words) - 1
+                await response.write(answer.token(word, reply.finish_reason if last else None))
             self._finished += 1
+            end = answer.usage_chunk(len(reply.words)) if reply.ask.include_usage else b""
             await response.write_eof(end + wire.DONE)
         return response
 
-    async def _numbered(self, asked: Request) -> AsyncIterator[tuple[int, bool]]:
-        if asked.output_tokens == 0:
+    async def _words(self, reply: _Reply) -> AsyncIterator[tuple[int, str]]:
+        """Index and text of each token, when its time has come."""
+        if not reply.words:
             return
-        async with contextlib.aclosing(self._core.tokens(asked)) as tokens:
-            index = 0
-            async for last in tokens:
-                yield index, last
-                index += 1
+        async with contextlib.aclosing(self._core.tokens(reply.request)) as tokens:
+            for index, word in enumerate(reply.words):
+                await anext(tokens)
+                yield index, word
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What will be answered."""
+
+    ask: wire.Ask
+    words: Sequence[str]
+    request: Request
+    cut_at: int | None
+    """Index of the token before which the connection is closed."""
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if len(self.words) == self.ask.max_tokens else "stop"
+
+
+def _error(message: str, status: int) -> web.Response:
+    return web.json_response(wire.error_body(message, status), status=status)
 
 
 async def _json(request: web.Request) -> dict[str, object]:
@@ -244,36 +252,46 @@ def metrics_text(scheduler: Scheduler, model: str, finished: int) -> str:
 
 
 async def _print_stats(core: Core) -> None:
-    """A line every ten seconds while there is work."""
-    before, prompt, generated = time.monotonic(), 0, 0
+    """A line every ten seconds in which there was work."""
+    before = (0, 0)
     while True:
         await asyncio.sleep(_STATS_EVERY_S)
-        scheduler, now = core.scheduler, time.monotonic()
-        rates = [
-            (total - last) / (now - before)
-            for total, last in (
-                (scheduler.counters.prompt_tokens, prompt),
-                (scheduler.counters.generation_tokens, generated),
-            )
-        ]
-        if any(rates):
-            log.say(
-                log.API,
-                f"Engine 000: Avg prompt throughput: {rates[0]:.1f} tokens/s, Avg generation throughput: "
-                f"{rates[1]:.1f} tokens/s, Running: {len(scheduler.running)} reqs, Waiting: {len(scheduler.waiting)} "
-                f"reqs, GPU KV cache usage: {100 * scheduler.kv_cache_usage:.1f}%",
-            )
-        before, prompt, generated = now, scheduler.counters.prompt_tokens, scheduler.counters.generation_tokens
+        counters = core.scheduler.counters
+        now = (counters.prompt_tokens, counters.generation_tokens)
+        if now != before:
+            log.say(log.API, stats_line(core.scheduler, now[0] - before[0], now[1] - before[1]))
+        before = now
+
+
+def stats_line(scheduler: Scheduler, prompt_tokens: int, generation_tokens: int) -> str:
+    """vLLM's periodic line, for the tokens of the last period."""
+    return (
+        f"Engine 000: Avg prompt throughput: {prompt_tokens / _STATS_EVERY_S:.1f} tokens/s, "
+        f"Avg generation throughput: {generation_tokens / _STATS_EVERY_S:.1f} tokens/s, "
+        f"Running: {len(scheduler.running)} reqs, Waiting: {len(scheduler.waiting)} reqs, "
+        f"GPU KV cache usage: {100 * scheduler.kv_cache_usage:.1f}%"
+    )
 
 
 async def serve(options: Options, actor: Actor, sock: socket.socket) -> None:
     """Serve on the bound socket until SIGTERM or SIGINT."""
+    stop = _stop_event(actor)
     core = Core(Scheduler(options.setting, options.hardware, options.seed), actor)
     tasks = [asyncio.create_task(core.run()), asyncio.create_task(_print_stats(core))]
-    runner = web.AppRunner(
-        Api(options, core, actor).app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.2
-    )
+    app = Api(options, core, actor).app()
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
     await runner.setup()
+    await _listen(runner, sock, options)
+    actor.reach(Stage.READY)
+    await stop.wait()
+    log.shutting_down()
+    for task in tasks:
+        task.cancel()
+    await runner.cleanup()
+    log.shut_down()
+
+
+async def _listen(runner: web.AppRunner, sock: socket.socket, options: Options) -> None:
     log.say(log.API, f"Starting vLLM server on http://{options.host}:{options.port}")
     log.put(f"INFO:     Started server process [{log.pid()}]", sys.stderr)
     log.put("INFO:     Waiting for application startup.", sys.stderr)
@@ -282,19 +300,13 @@ async def serve(options: Options, actor: Actor, sock: socket.socket) -> None:
     except OSError as error:
         address_refused(error)
     log.put("INFO:     Application startup complete.", sys.stderr)
-    actor.reach(Stage.READY)
-    await _stop_signal(actor)
-    log.shutting_down()
-    for task in tasks:
-        task.cancel()
-    await runner.cleanup()
-    log.shut_down()
 
 
-async def _stop_signal(actor: Actor) -> None:
+def _stop_event(actor: Actor) -> asyncio.Event:
+    """Set by SIGINT and, unless a fault ignores it, by SIGTERM."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, stop.set)
     if not actor.ignores_term:
         loop.add_signal_handler(signal.SIGTERM, stop.set)
-    await stop.wait()
+    return stop

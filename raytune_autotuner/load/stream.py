@@ -1,0 +1,117 @@
+"""An answer as a stream of tokens: server-sent events in, arrival times and the server's own counts out.
+
+Bytes only: it knows no sockets, no HTTP and no clock.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+from raytune_autotuner.study.errors import AutotunerError
+
+_MAX_EVENT_BYTES = 2**20
+_MAX_ERROR_CHARS = 200
+
+
+class BadAnswer(AutotunerError):
+    """The server answered something else than a stream of tokens; the text says what."""
+
+
+class TokenStream:
+    """Reads an answer's server-sent events: when tokens arrived, and the server's own counts.
+
+    Cheap per token: an event with text in it is known by its bytes and not parsed. That is safe, since a quote inside
+    JSON text is escaped, so that the marker cannot be part of what the model said. All other events are parsed.
+    """
+
+    __slots__ = ("_rest", "done", "times_s", "tokens_in", "tokens_out")
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+        self.tokens_in: int | None = None
+        self.tokens_out: int | None = None
+        self.done = False
+        self._rest = b""
+
+    def feed(self, data: bytes, now_s: float) -> None:
+        """Take in bytes as they came from the socket, cut anywhere; raises `BadAnswer`."""
+        if self._rest:
+            data = self._rest + data
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+        *events, self._rest = data.split(b"\n\n")
+        for event in events:
+            if _is_plain_token(event):
+                self.times_s.append(now_s)
+            else:
+                self._parse(event, now_s)
+        if len(self._rest) > _MAX_EVENT_BYTES:
+            raise BadAnswer(f"no event in {len(self._rest):,} bytes: {short(self._rest)}")
+
+    def close(self, tokens_wanted: int) -> None:
+        """The answer has ended: raises `BadAnswer` where it is not a full one."""
+        if self._rest.strip():
+            raise BadAnswer(f"answer cut short after {short(self._rest)!r}")
+        if self.tokens_out is None:
+            raise BadAnswer(f"answer cut short: no usage after {len(self.times_s)} chunks")
+        if self.tokens_out != tokens_wanted:
+            raise BadAnswer(f"{tokens_wanted} output tokens wanted, {self.tokens_out} answered")
+        if not self.times_s:
+            raise BadAnswer("no token arrived")
+
+    def _parse(self, event: bytes, now_s: float) -> None:
+        lines = [line for line in event.split(b"\n") if line and not line.startswith(b":")]
+        data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
+        if data == b"[DONE]":
+            self.done = True
+        elif data:
+            self._take(data, now_s)
+        elif lines:
+            raise BadAnswer(f"not an event: {short(event)!r}")
+
+    def _take(self, data: bytes, now_s: float) -> None:
+        try:
+            chunk = json.loads(data)
+        except ValueError as error:
+            raise BadAnswer(f"not JSON: {short(data)!r}") from error
+        if not isinstance(chunk, dict):
+            raise BadAnswer(f"not a chunk: {short(data)!r}")
+        if chunk.get("error"):
+            raise BadAnswer(f"error in the stream: {_message(chunk)}")
+        if chunk.get("choices"):
+            self.times_s.append(now_s)
+        if isinstance(usage := chunk.get("usage"), dict):
+            self.tokens_in, self.tokens_out = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+
+
+def _is_plain_token(event: bytes) -> bool:
+    if b'"choices":[{' in event:
+        return b'"usage":{' not in event
+    return b'"choices": [{' in event and b'"usage": {' not in event
+
+
+def _count(usage: dict[str, Any], name: str) -> int | None:
+    value = usage.get(name)
+    return value if isinstance(value, int) else None
+
+
+def message_in(body: bytes) -> str:
+    """What a refusal says: the error message in its JSON, else its text."""
+    with suppress(ValueError):
+        parsed = json.loads(body)
+        if isinstance(parsed, dict):
+            return _message(parsed)
+    return short(body)
+
+
+def _message(chunk: dict[str, Any]) -> str:
+    error = chunk.get("error", chunk)
+    return short(str(error.get("message", error) if isinstance(error, dict) else error))
+
+
+def short(text: bytes | str) -> str:
+    """One line of at most 200 characters."""
+    shown = text[: 4 * _MAX_ERROR_CHARS].decode(errors="replace") if isinstance(text, bytes) else text
+    return " ".join(shown.split())[:_MAX_ERROR_CHARS]

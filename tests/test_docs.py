@@ -1,0 +1,128 @@
+"""What the docs say is what the code has, and the reverse; every study in configs/ is a study."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from raytune_autotuner.cli import main
+from raytune_autotuner.engine import models
+from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.study import Study, load_study
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return next((found for part in get_args(annotation) if (found := model_in(part))), None)
+    return None
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a study that holds a value, dotted."""
+    for name, field in model.model_fields.items():
+        section = model_in(field.annotation)
+        if section is None:
+            yield prefix + name, field
+        else:
+            yield from keys(section, f"{prefix}{name}.")
+
+
+def rows(page: str) -> Iterator[list[str]]:
+    """The cells of the tables' rows, heads left out."""
+    for line in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def shown_default(cell: str) -> Any:
+    return None if cell == "required" else yaml.safe_load(cell.strip("`"))
+
+
+KEYS = dict(keys(Study))
+KEY_ROWS = {
+    row[0].strip("`"): row
+    for row in rows("study-file.md")
+    if row[0].strip("`") not in {"int", "float", "choice", "bool"}
+}
+
+
+def test_every_key_of_a_study_is_documented_and_no_other() -> None:
+    assert set(KEY_ROWS) == set(KEYS)
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_the_documented_default_is_the_one_in_force(key: str) -> None:
+    told = KEY_ROWS[key][2]
+    assert (told == "required") == KEYS[key].is_required()
+    default = None if KEYS[key].is_required() else KEYS[key].default
+    assert shown_default(told) == (list(default) if isinstance(default, tuple) else default)
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_the_documented_choices_are_those_that_are_taken(key: str) -> None:
+    told = set(re.findall(r"`([^`]+)`", KEY_ROWS[key][1]))
+    parts = get_args(KEYS[key].annotation)
+    assert not told or told <= {part for option in (*parts, *map(get_args, parts)) for part in _flat(option)}
+
+
+def _flat(option: Any) -> tuple[Any, ...]:
+    return option if isinstance(option, tuple) else (option,)
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    assert {name for row in rows("metrics.md") for name in re.findall(r"`([^`]+)`", row[0])} == set(METRICS)
+
+
+@pytest.mark.parametrize("row", [row for row in rows("metrics.md") if len(row) > 2], ids=lambda row: row[0])
+def test_a_metrics_documented_unit_is_its_unit(row: list[str]) -> None:
+    assert row[1] == METRICS[row[0].strip("`")].unit
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_study_in_configs_loads_and_its_model_can_be_one(path: Path) -> None:
+    study = load_study(path)
+    models.check(study.model)
+    assert study.objective.metric in METRICS
+    assert path.name in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_study_holds_what_the_quickstart_promises() -> None:
+    study = load_study(ROOT / "configs" / "llama.yaml")
+    assert study.search.trials >= 8
+    assert "env:VLLM_CPU_OMP_THREADS_BIND" in study.space.by_name
+    assert any(point["block-size"] % 32 for point in study.search.points), "the setting that fails on purpose is gone"
+
+
+def test_every_command_stands_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert commands
+    assert not [name for name in commands if name != "run" and f"python -m raytune_autotuner {name} " not in readme]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_between_the_pages_is_broken(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}, link

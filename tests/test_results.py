@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pa_parquet
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from report_samples import METRIC, NO_MEMORY, failed, make_study, measured, running, sample_rows, setting
+
+from raytune_autotuner.report.masking import mask, mask_launch, mask_values
+from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_json, write_result, write_text
+from raytune_autotuner.report.status import LiveTrial, StudyStatus, read_status, time_left_s, write_status
+from raytune_autotuner.report.summary import failure_lines, render_status
+from raytune_autotuner.report.verdict import changes, verdict
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ResultsFolder:
+    return ResultsFolder.create(tmp_path / "results", make_study())
+
+
+# The folder
+
+
+def test_two_runs_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    runs = [ResultsFolder.create(tmp_path, make_study()) for _ in range(3)]
+    assert len({run.path for run in runs}) == 3
+    assert ResultsFolder.runs(tmp_path, "sample") == runs
+    assert ResultsFolder.runs(tmp_path, "other") == []
+
+
+def test_the_study_is_read_back_as_it_was_run(folder: ResultsFolder) -> None:
+    assert folder.load_study() == make_study()
+
+
+def test_a_study_with_every_kind_of_value_is_read_back(tmp_path: Path) -> None:
+    shared = {"a": [1, 2]}
+    study = make_study(
+        search_space={
+            "x": {"float": [0.5, 0.9], "step": 0.1, "when": "c == 'yes'"},
+            "c": {"choice": ["yes", "no", "0123", "null", 1.0, None, shared, [shared]]},
+        },
+        constraints=[],
+        engine={"args": {"one": shared, "two": shared, "none": None, "text": "a: b # c", "on": "off"}},
+        workload={"traffic": "U(8,64)/(4,16)", "request_rate_rps": [0.5, 2], "rounds": 3},
+        objective={"minimize": "ttft_ms_p90"},
+        search={"trials": 3, "time_budget": "1h 30m", "points": [{"c": "0123"}, {"c": shared}]},
+        penalty={"grade": "elapsed"},
+    )
+    assert ResultsFolder.create(tmp_path, study).load_study() == study
+
+
+def test_a_secret_of_the_study_is_not_written(tmp_path: Path) -> None:
+    study = make_study(engine={"args": {}, "env": {"HF_TOKEN": "not-a-known-look", "A": "b"}}, constraints=[])
+    text = ResultsFolder.create(tmp_path, study).study_file.read_text()
+    assert "not-a-known-look" not in text
+    assert "HF_TOKEN: '***'" in text
+
+
+def test_opening_finds_the_run_again(folder: ResultsFolder) -> None:
+    assert ResultsFolder.open(folder.path) == folder
+
+
+def test_opening_the_parent_names_the_newest_run_in_it(folder: ResultsFolder) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean {folder.path}"):
+        ResultsFolder.open(folder.path.parent)
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing", "no such folder"), ("file", "not a results folder")])
+def test_what_is_no_results_folder_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        ResultsFolder.open(tmp_path / name)
+
+
+def test_a_parent_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to: Not a directory"):
+        ResultsFolder.create(tmp_path / "file" / "results", make_study())
+
+
+def test_an_unknown_trial_is_answered_with_those_there_are(folder: ResultsFolder) -> None:
+    with pytest.raises(ConfigError, match="No trial has started yet"):
+        folder.find_trial_dir(3)
+    for number in (0, 1, 12):
+        folder.trial_dir(number, f"x_{number}").mkdir()
+    assert folder.find_trial_dir(1).name == "1-x_1"
+    with pytest.raises(ConfigError, match=r"no trial 3. It has trials 0 to 12"):
+        folder.find_trial_dir(3)
+
+
+# The results table
+
+
+def test_rows_are_read_back_exactly(folder: ResultsFolder) -> None:
+    lost = replace(failed(5, setting(4)), state=State.LOST, violation=None, penalty=None, retry_of=2)
+    rows = [*sample_rows(), lost, replace(running(6, setting(2)), state=State.INTERRUPTED)]
+    folder.write_rows(rows[::-1])
+    assert folder.read_rows() == rows
+
+
+def test_before_the_first_trial_there_are_no_rows(folder: ResultsFolder) -> None:
+    assert folder.read_rows() == []
+    folder.write_rows([])
+    assert folder.read_rows() == []
+
+
+def test_the_table_has_a_row_a_trial_with_typed_columns(folder: ResultsFolder) -> None:
+    folder.write_rows(sample_rows())
+    table = pa_parquet.read_table(folder.parquet_file)
+    assert table.num_rows == 5
+    assert {str(table.schema.field(name).type) for name in ("param:max-num-seqs", "param:block-size")} == {"int64"}
+    assert str(table.schema.field("param:enable-prefix-caching").type) == "bool"
+    assert str(table.schema.field("score").type) == "double"
+    rows = table.to_pylist()
+    assert (rows[1]["state"], rows[1]["stage"], rows[1]["kind"]) == ("failed", "kv-cache", "out-of-memory")
+    assert (rows[1]["penalty"], rows[1]["score"]) == (1.45, None)
+    assert (rows[2]["score"], rows[2]["penalty"]) == (143.0, None)
+    assert rows[2][f"{METRIC}@c16"] == pytest.approx(157.3)
+    assert rows[2]["seconds:start"] == 43.2
+
+
+def test_the_text_table_says_the_same_as_the_typed_one(folder: ResultsFolder) -> None:
+    import pandas as pd
+
+    folder.write_rows(sample_rows())
+    typed, text = pd.read_parquet(folder.parquet_file), pd.read_csv(folder.csv_file)
+    assert list(text.columns) == list(typed.columns)
+    assert text["evidence"][1] == NO_MEMORY.evidence
+    assert text["score"].dropna().tolist() == typed["score"].dropna().tolist()
+
+
+def test_a_parameter_of_mixed_types_becomes_a_text_column(folder: ResultsFolder) -> None:
+    values: list[Any] = [1, "auto", True, 2.5, {"a": 1}, [1, 2], 2**70]
+    folder.write_rows([measured(i, 1.0, {"x": value}) for i, value in enumerate(values)])
+    assert [row.params["x"] for row in folder.read_rows()] == values
+    column = pa_parquet.read_table(folder.parquet_file)["param:x"].to_pylist()
+    assert column == ["1", "auto", "true", "2.5", '{"a": 1}', "[1, 2]", str(2**70)]
+
+
+_NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+_VALUES = st.one_of(st.integers(), _NUMBERS, st.booleans(), st.text(), st.lists(st.integers()))
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), _VALUES),
+    st.dictionaries(st.text(min_size=1), _NUMBERS),
+    st.one_of(st.none(), _NUMBERS),
+)
+def test_any_row_survives_json(params: dict[str, Any], metrics: dict[str, float], score: float | None) -> None:
+    row = TrialRow(1, "id", "", params, State.MEASURED, TrialResult(metrics), score=score)
+    assert TrialRow.from_dict(json.loads(json.dumps(row.to_dict(), allow_nan=False))) == row
+
+
+def test_a_driver_killed_while_writing_leaves_the_rows_before_it(folder: ResultsFolder) -> None:
+    folder.write_rows(sample_rows()[:2])
+    script = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from raytune_autotuner.report.results import atomically\n"
+        f"with atomically(Path({str(folder.rows_file)!r})) as part:\n"
+        "    part.write_text('half a li')\n    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert folder.read_rows() == sample_rows()[:2]
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half \ud800")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_text_that_no_encoding_takes_does_not_end_a_study(folder: ResultsFolder) -> None:
+    folder.write_rows([failed(0, setting(4), replace(NO_MEMORY, evidence="half \ud800"))])
+    assert folder.read_rows()[0].result.failure == replace(NO_MEMORY, evidence="half \ud800")
+    assert "half ?" in folder.csv_file.read_text()
+
+
+def test_a_trials_result_is_read_back(tmp_path: Path) -> None:
+    result = TrialResult({"ttft_ms_p90": 12.5}, NO_MEMORY, {"total": 3.0})
+    assert read_result(tmp_path) is None
+    write_result(tmp_path, result)
+    assert read_result(tmp_path) == result
+
+
+def test_columns_never_take_a_penalty_for_a_measurement() -> None:
+    for row in sample_rows():
+        cells = flat_row(row)
+        assert cells["score"] is None or cells["penalty"] is None
+
+
+# Best and launch
+
+
+def test_the_winner_is_left_as_an_engine_configuration(folder: ResultsFolder) -> None:
+    study, rows = make_study(), sample_rows()
+    folder.write_best(study, rows[2], rows[0], "/models/m", "A=1 vllm serve /models/m")
+    text = folder.best_file.read_text()
+    assert yaml.safe_load(text) == {
+        "model": "/models/m",
+        "max-model-len": 2048,
+        "max-num-seqs": 16,
+        "block-size": 64,
+        "enable-prefix-caching": False,
+    }
+    assert f"{METRIC} 143, baseline 100 (one measurement each)" in text
+    assert "#   VLLM_CPU_OMP_THREADS_BIND=0-1" in text
+    assert "trial 2" in text
+
+
+def test_the_launch_script_runs_the_line_with_its_variables(folder: ResultsFolder) -> None:
+    show = f"{shlex.quote(sys.executable)} -c 'import os, sys; print(os.environ[\"A\"], sys.argv[1:])' 'two words'"
+    folder.write_best(make_study(), sample_rows()[2], None, "m", f"A='x y' {show}")
+    run = subprocess.run([folder.launch_file, "--more", "$HOME"], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "x y ['two words', '--more', '$HOME']"
+
+
+def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFolder) -> None:
+    folder.write_best(make_study(), sample_rows()[2], None, "m", "HF_TOKEN=hf_0123456789abc bash -c 'echo $HF_TOKEN'")
+    assert "hf_0123456789abc" not in folder.launch_file.read_text()
+    environment = {**os.environ, "HF_TOKEN": "mine"}
+    run = subprocess.run([folder.launch_file], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.strip() == "mine"
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("token hf_abcdefghijk used", "token *** used"),
+        ("HF_TOKEN=abc def", "HF_TOKEN=*** def"),
+        ("export AWS_SECRET_ACCESS_KEY='a b' x", "export AWS_SECRET_ACCESS_KEY='***' x"),
+        ('{"VLLM_API_KEY": "abc"}', '{"VLLM_API_KEY": "***"}'),
+        ("'api_key': ['abc'], 'max_tokens': 128", "'api_key': ['***'], 'max_tokens': 128"),
+        ("--api-key abc serve", "--api-key *** serve"),
+        ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
+        ("https://me:pw@host/x", "https://me:***@host/x"),
+        ("TOKENIZERS_PARALLELISM=false", "TOKENIZERS_PARALLELISM=false"),
+        ("max-num-batched-tokens: 256, eos_token_id=2", "max-num-batched-tokens: 256, eos_token_id=2"),
+        ("bos_token: '<s>' unknown key: foo", "bos_token: '<s>' unknown key: foo"),
+    ],
+)
+def test_secrets_are_masked_and_nothing_else(text: str, masked: str) -> None:
+    assert mask(text, env={}) == masked
+
+
+def test_the_value_of_a_secret_variable_is_masked_wherever_it_stands() -> None:
+    env = {"MY_TOKEN": "plain-looking", "HOME": "/home/someone", "SHORT_KEY": "1"}
+    assert mask("in plain-looking text of /home/someone 1", env) == "in *** text of /home/someone 1"
+
+
+def test_values_under_telling_keys_are_masked_at_any_depth() -> None:
+    before = {"env": {"API_KEY": "x", "n": 2}, "argv": ["--hf-token", "hf_0123456789"], "max_tokens": 5}
+    assert mask_values(before) == {"env": {"API_KEY": "***", "n": 2}, "argv": ["--hf-token", "***"], "max_tokens": 5}
+
+
+def test_a_launch_line_stays_a_launch_line() -> None:
+    assert mask_launch("A=1 OPENAI_API_KEY='x y' vllm serve m") == 'A=1 OPENAI_API_KEY="$OPENAI_API_KEY" vllm serve m'
+
+
+# The verdict
+
+
+def test_the_best_feasible_trial_wins() -> None:
+    answer = verdict(sample_rows(), "maximize", METRIC)
+    assert answer.winner is not None
+    assert answer.winner.number == 2
+    assert answer.gain == pytest.approx(0.43)
+    assert "143 against 100 with the defaults, 43 % better (x1.43)" in answer.sentence
+    assert "Each was measured once" in answer.sentence
+
+
+def test_when_minimising_less_is_better_and_a_gain_is_still_positive() -> None:
+    answer = verdict([measured(0, 100.0), measured(1, 80.0, setting(4)), measured(2, 120.0, setting(8))], "minimize")
+    assert answer.winner is not None
+    assert answer.winner.number == 1
+    assert answer.gain == pytest.approx(0.2)
+    assert "20 % better (x0.80)" in answer.sentence
+
+
+def test_where_nothing_beats_the_baseline_the_defaults_are_kept() -> None:
+    answer = verdict([measured(0, 100.0), measured(1, 100.0, setting(4)), failed(2, setting(8))], "maximize")
+    assert answer.keeps_defaults
+    assert answer.sentence.startswith("Keep the defaults")
+
+
+def test_of_equal_scores_the_one_with_fewer_changes_wins() -> None:
+    rows = [measured(1, 5.0, {"a": 1, "b": 2}), measured(2, 5.0, {"a": 0, "b": 2})]
+    answer = verdict(rows, "maximize", fixed={"a": 0})
+    assert answer.winner is rows[1]
+    assert changes(rows[1].params, {"a": 0}) == {"b": 2}
+
+
+def test_where_every_slo_is_missed_the_closest_is_named_and_it_is_said() -> None:
+    rows = [measured(0, 100.0, violation=0.5), measured(1, 50.0, setting(4), violation=0.1)]
+    answer = verdict(rows, "maximize")
+    assert answer.winner is rows[1]
+    assert not answer.winner.feasible
+    assert "All 2 settings measured miss an SLO; trial 1 comes closest" in answer.sentence
+
+
+def test_a_failed_baseline_gives_a_winner_without_a_gain() -> None:
+    answer = verdict([failed(0), measured(1, 50.0, setting(4))], "maximize")
+    assert answer.winner is not None
+    assert answer.gain is None
+    assert "the defaults have no score" in answer.sentence
+
+
+@pytest.mark.parametrize("rows", [[], [running(0)], [failed(0), failed(1, setting(4))]])
+def test_where_nothing_was_measured_there_is_no_winner_but_advice(rows: list[TrialRow]) -> None:
+    answer = verdict(rows, "maximize")
+    assert answer.winner is None
+    assert answer.sentence.startswith("Nothing was measured")
+
+
+def test_a_baseline_score_of_zero_gives_no_gain() -> None:
+    answer = verdict([measured(0, 0.0), measured(1, 5.0, setting(4))], "maximize")
+    assert answer.gain is None
+    assert answer.winner is not None
+    assert answer.winner.name != BASELINE
+
+
+# Status
+
+
+def test_the_status_is_read_back_and_knows_its_driver(folder: ResultsFolder) -> None:
+    assert read_status(folder) is None
+    live = (LiveTrial(4, Stage.WEIGHTS, 0.4, 12.5, 600.0, {METRIC: 1.0}),)
+    status = replace(StudyStatus.begin(2), live=live)
+    write_status(folder, status)
+    assert read_status(folder) == status
+    assert status.driver_alive
+    assert not replace(status, phase="finished").driver_alive
+    assert not replace(status, pid_started=status.pid_started + 1).driver_alive
+    assert not replace(status, host="elsewhere", updated_at=status.updated_at - 3600).driver_alive
+
+
+def test_a_running_study_is_told_from_its_files(folder: ResultsFolder) -> None:
+    folder.write_rows(sample_rows())
+    status = replace(StudyStatus.begin(1), live=(LiveTrial(4, Stage.WEIGHTS, 0.4, 21.0, 600.0),))
+    write_status(folder, status)
+    text = render_status(folder)
+    assert "4 of 12 trials (1 running, 3 measured, 1 failed), about" in text
+    assert "trial 4 at weights 40%, 21.0 s / 600 s {max-num-seqs: 8" in text
+    assert f"best so far: trial 2 with {METRIC} 143 (x1.43 of the baseline)" in text
+    assert "out-of-memory x1 (trial 1): Lower gpu-memory-utilization." in text
+
+
+def test_a_killed_study_is_told_as_killed_with_its_verdict(folder: ResultsFolder) -> None:
+    folder.write_rows(sample_rows())
+    write_status(folder, replace(StudyStatus.begin(1), pid_started=1))
+    text = render_status(folder)
+    assert "killed after 0 s" in text
+    assert "Run trial 2" in text
+
+
+def test_a_study_that_has_not_begun_is_told_too(folder: ResultsFolder) -> None:
+    assert "not started: 0 of 12 trials (no trial yet)" in render_status(folder)
+
+
+def test_failures_are_counted_by_kind_with_the_remedy() -> None:
+    other = replace(NO_MEMORY, kind=NO_MEMORY.kind.HUNG, remedy="Wait.")
+    rows = [*(failed(i, setting(4)) for i in range(10)), failed(10, setting(4), other)]
+    first, second = failure_lines(rows)
+    assert first == "out-of-memory x10 (trials 0, 1, 2, 3, 4, 5, 6, 7, ...): Lower gpu-memory-utilization."
+    assert second == "hung x1 (trial 10): Wait."
+
+
+def test_the_time_left_follows_from_the_median_trial() -> None:
+    study, rows = make_study(), [measured(i, 1.0, setting(4)) for i in range(4)]
+    assert time_left_s(study, [], {}, 2, 0.0) is None
+    live = {number: LiveTrial(number, Stage.LOAD, elapsed_s=35.0) for number in (4, 5)}
+    assert time_left_s(study, rows, live, 2, 0.0) == pytest.approx((2 * 35 + 6 * 70) / 2)
+    assert time_left_s(study, [measured(i, 1.0, setting(4)) for i in range(12)], {}, 2, 0.0) == 0
+
+
+def test_the_time_left_ends_with_the_time_budget() -> None:
+    study = make_study(search={"trials": 100, "time_budget": "10m"})
+    assert time_left_s(study, [measured(0, 1.0)], {}, 1, 570.0) == pytest.approx(30 + 70)
+
+
+def test_the_room_starts_without_heavy_imports() -> None:
+    heavy = "{'ray', 'optuna', 'pandas', 'pyarrow', 'tensorboard', 'tensorboardX', 'torch', 'numpy'}"
+    modules = ("results", "terminal", "tensorboard", "logs", "summary")
+    imports = "\n".join(f"import raytune_autotuner.report.{name}" for name in modules)
+    script = f"import sys\n{imports}\nprint(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,208 @@
+"""Whole studies on the simulated engine, through the command line: what they print, leave behind and tell Optuna."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from optuna.trial import TrialState
+
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.study.trial import State
+from raytune_autotuner.tune.tell import CONSTRAINT
+from tests.studies import actor_of, command, marks, only_run, optuna_trials, run_study, write_study
+
+FAULTS = {
+    "oom@kv-cache": ("kv-cache", "out-of-memory"),
+    "refuse@configuration": ("configuration", "invalid-config"),
+    "killed@weights": ("weights", "out-of-memory"),
+    "hang@initialization": ("initialization", "hung"),
+    "crash@load:after=6": ("load", "engine-died"),
+    "error500@load:share=0.5": ("load", "bad-responses"),
+    "slow-start@compilation:seconds=60": ("compilation", "deadline"),
+}
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], ResultsFolder]:
+    """A study with successes, one enqueued failure and the whole way from `ray.init` to the verdict."""
+    study = write_study(
+        tmp_path_factory.mktemp("ordinary"),
+        search_space={"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}},
+        search={"trials": 5, "points": [{"max-num-seqs": 2, "block-size": 7}]},
+        workload={"rounds": 2},
+    )
+    return run_study(study)
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> ResultsFolder:
+    """A study with a trial for each fault, after a baseline that works."""
+    study = write_study(
+        tmp_path_factory.mktemp("failing"),
+        search_space={"fault": {"choice": ["none", *FAULTS]}},
+        engine={"args": {"fault": "none"}},
+        search={"trials": 1 + len(FAULTS), "points": [{"fault": fault} for fault in FAULTS]},
+        trial={"timeout_s": 12, "hung_after_s": 5},
+    )
+    done, folder = run_study(study, "--address", ray_address)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_a_study_ends_with_a_winner_and_exit_code_0(ordinary: tuple[Any, ResultsFolder]) -> None:
+    done, folder = ordinary
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = folder.read_rows()
+    assert [row.state for row in rows].count(State.MEASURED) == 4
+    assert rows[0].name == "baseline"
+    assert rows[0].params == {}
+    best = max(row.score for row in rows if row.score is not None)
+    assert best >= (rows[0].score or math.inf)
+    assert "serve it here:" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert marks(folder.path.name) == {}
+
+
+def test_optuna_holds_every_trial_complete_and_finite(ordinary: tuple[Any, ResultsFolder]) -> None:
+    _, folder = ordinary
+    rows = {row.number: row for row in folder.read_rows()}
+    for trial in optuna_trials(folder):
+        if trial.user_attrs["state"] == "known":
+            continue
+        row = rows[trial.user_attrs["trial"]]
+        assert trial.state is TrialState.COMPLETE
+        assert math.isfinite(trial.value or math.nan)
+        constraint = trial.constraints[CONSTRAINT]
+        assert constraint == row.violation
+        assert (1 < constraint <= 2) if row.state is State.FAILED else (constraint <= 0 and trial.value == row.score)
+    failed = rows[1]
+    assert (failed.state, failed.score, failed.penalty) == (State.FAILED, None, failed.violation)
+
+
+def test_the_results_folder_holds_all_that_is_promised(ordinary: tuple[Any, ResultsFolder]) -> None:
+    _, folder = ordinary
+    names = {path.name for path in folder.path.iterdir()}
+    promised = "study.yaml versions.json trials.parquet trials.csv optuna.log study.log best.yaml launch.sh"
+    assert set(promised.split()) <= names
+    for row in folder.read_rows():
+        trial = {path.name for path in folder.trial_dir(row.number, row.trial_id).iterdir()}
+        assert {"trial.log", "engine.log", "load.log", "command.json", "requests.parquet", "result.json"} <= trial
+        assert any(name.startswith("events.out.tfevents") for name in trial)
+    table = pd.read_parquet(folder.parquet_file)
+    assert list(table["number"]) == [row.number for row in folder.read_rows()]
+    requests = pd.read_parquet(folder.trial_dir(0, folder.read_rows()[0].trial_id) / "requests.parquet")
+    assert (requests["phase"] == "measure").sum() == 2 * 16
+    assert folder.load_study().search.trials == 5
+
+
+def test_a_trial_of_two_rounds_reports_twice(ordinary: tuple[Any, ResultsFolder]) -> None:
+    _, folder = ordinary
+    log = (folder.trial_dir(0, folder.read_rows()[0].trial_id) / "trial.log").read_text()
+    assert "round 1 of 2" in log
+    assert "round 2 of 2" in log
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failure_is_told_with_its_stage_kind_and_a_finite_penalty(failing: ResultsFolder, fault: str) -> None:
+    row = next(row for row in failing.read_rows() if row.params.get("fault") == fault)
+    assert row.state is State.FAILED
+    assert row.result.failure is not None
+    assert (str(row.result.failure.stage), str(row.result.failure.kind)) == FAULTS[fault]
+    trial = next(trial for trial in optuna_trials(failing) if trial.user_attrs["trial"] == row.number)
+    assert trial.state is TrialState.COMPLETE
+    assert math.isfinite(trial.value or math.nan)
+    assert 1 < trial.constraints[CONSTRAINT] <= 2
+    assert trial.user_attrs["kind"] == FAULTS[fault][1]
+
+
+def test_later_failures_cost_less(failing: ResultsFolder) -> None:
+    rows = [row for row in failing.read_rows() if row.result.failure is not None]
+    by_progress = sorted(rows, key=lambda row: row.result.failure.progress if row.result.failure else 0.0)
+    penalties = [row.penalty for row in by_progress]
+    assert penalties == sorted(penalties, key=lambda penalty: -(penalty or 0.0))
+
+
+def test_nothing_of_a_failed_trial_is_left_running(failing: ResultsFolder) -> None:
+    assert marks(failing.path.name) == {}
+
+
+def test_a_wrong_model_ends_the_study_after_one_trial(tmp_path: Path, ray_address: str) -> None:
+    study = write_study(tmp_path, engine={"args": {"fault": "model-not-found@configuration"}})
+    done, folder = run_study(study, "--address", ray_address)
+    assert done.returncode == 1
+    assert len(folder.read_rows()) == 1
+    assert "model-not-found" in done.stdout
+
+
+def wait_for(condition: Any, timeout_s: float = 60.0) -> Any:
+    """The first true value of `condition`; fails after `timeout_s`."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in time")
+
+
+def actor_under_load(study: Path, number: int) -> int:
+    """The process id of trial `number`'s actor, once the trial is under load."""
+
+    def find() -> int | None:
+        for folder in ResultsFolder.runs(study.parent / "results"):
+            for log in folder.trials_dir.glob(f"{number}-*/trial.log"):
+                if "[load] reached" in log.read_text():
+                    return actor_of(folder.path.name, log.parent.name.split("-", 1)[1])
+        return None
+
+    return int(wait_for(find))
+
+
+SLOW = {"traffic": "D(32,400)", "concurrency": 4, "requests": 40, "warmup_requests": 0}
+
+
+@pytest.mark.parametrize(("retries", "states"), [(1, ["lost", "measured"]), (0, ["failed"])])
+def test_a_killed_actor_is_run_again_or_graded(
+    tmp_path: Path, ray_address: str, retries: int, states: list[str]
+) -> None:
+    study = write_study(tmp_path, search={"trials": 1}, trial={"retries": retries}, workload=SLOW)
+    with subprocess.Popen(command(study, "--address", ray_address), stdout=subprocess.PIPE, text=True) as driver:
+        os.kill(actor_under_load(study, 0), signal.SIGKILL)
+        driver.communicate(timeout=120)
+    rows = only_run(study).read_rows()
+    assert [str(row.state) for row in rows] == states
+    told = [trial.state for trial in optuna_trials(only_run(study))]
+    assert told == ([TrialState.FAIL, TrialState.COMPLETE] if retries else [TrialState.COMPLETE])
+    if retries:
+        assert rows[1].retry_of == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, ray_address: str, number: int) -> None:
+    study = write_study(tmp_path, search={"trials": 3}, workload=SLOW, resources={"max_concurrent": 1})
+    with subprocess.Popen(command(study, "--address", ray_address), stdout=subprocess.PIPE, text=True) as driver:
+        actor_under_load(study, 1)
+        driver.send_signal(number)
+        said, _ = driver.communicate(timeout=60)
+    folder = only_run(study)
+    assert driver.returncode == 130, said
+    assert [str(row.state) for row in folder.read_rows()] == ["measured", "interrupted"]
+    assert marks(folder.path.name) == {}
+    assert json.loads(folder.status_file.read_text())["phase"] == "interrupted"
+    assert "Interrupted" in said
+
+
+def test_the_penalty_is_never_in_the_score_column(failing: ResultsFolder) -> None:
+    table = pd.read_csv(failing.csv_file)
+    failed = table[table["state"] == "failed"]
+    assert failed["score"].isna().all()
+    assert failed["penalty"].notna().all()
+    assert table[table["state"] == "measured"]["penalty"].isna().all()
