@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,5 +54,7 @@ def ray_address() -> Iterator[str]:
         [sys.executable, "-c", _RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
+        os.environ["RAY_AUTH_MODE"] = "token"  # as for everyone who joins a cluster that asks for tokens
         yield process.stdout.readline().strip()
+        del os.environ["RAY_AUTH_MODE"]
         process.communicate()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -18,7 +21,7 @@ from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params, parse_space
 from raytune_autotuner.study.study import Study, parse_study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
-from raytune_autotuner.tune.samplers import Grid, grid_points, make_sampler, startup_trials
+from raytune_autotuner.tune.samplers import Grid, grid_points, make_sampler, startup_trials, unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
 
 WIDE: dict[str, Any] = {"x": {"float": [0.0, 1.0]}, "n": {"int": [1, 64], "log": True}}
@@ -230,3 +233,38 @@ def test_two_seeds_shuffle_the_grid_differently() -> None:
 def test_a_grid_that_cannot_be_is_refused(space: dict[str, Any], constraints: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Grid(parse_space(space, constraints))
+
+
+def test_what_is_left_of_a_small_space_is_found_and_its_end_is_certain() -> None:
+    space = parse_space(SMALL)
+    seen: list[Params] = []
+    while (point := unmeasured(space, {}, seen.__contains__, seed=len(seen))) is not None:
+        seen.append(point)
+    assert len(seen) == 18
+    assert unmeasured(parse_space(WIDE), {}, lambda _: False, seed=0) is None
+
+
+def test_tpe_visits_nearly_all_of_a_small_space() -> None:
+    study = make_study({"a": {"choice": [1, 2, 4, 8, 16]}, "b": "bool", "c": {"choice": [1, 2, 3]}}, 25, "tpe")
+    ot_study = optuna.create_study(direction="maximize", sampler=make_sampler(study, 1)[0])
+    teller, rows = Teller(study), dict[str, TrialRow]()
+    for _ in range(100):
+        trial = ot_study.ask()
+        params = suggest(trial, study.space)
+        if str(params) in rows:
+            teller.tell_known(ot_study, trial, rows[str(params)])
+            continue
+        worth = assess(study, measured(float(params["a"] * params["c"])))
+        row = TrialRow(trial.number, "", "", params, State.MEASURED, TrialResult(), worth.score, worth.violation)
+        rows[str(params)] = row
+        teller.tell(ot_study, trial, row)
+    assert len(rows) >= 25
+
+
+@pytest.mark.slow
+def test_the_search_benchmark_prints_its_table(root: Path) -> None:
+    options = ["--only", "memory-65", "--sampler", "tpe", "--seeds", "1", "--trials", "6"]
+    command = [sys.executable, str(root / "scripts/bench/search"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "memory-65: maximising, 62% of settings feasible" in done.stdout
+    assert all(name in done.stdout for name in ("random", "ignore", "infinite", "elapsed", "progress + baseline"))

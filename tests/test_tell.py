@@ -63,6 +63,7 @@ class Told:
     def __init__(self, study: Study, storage: BaseStorage | None = None) -> None:
         self.study = study
         self.teller = Teller(study)
+        self.rows: list[TrialRow] = []
         self.ot_study = optuna.create_study(direction=study.objective.direction, storage=storage, study_name="s")
 
     def measured(self, score: float, itl_ms: float = 50.0, params: Params | None = None) -> FrozenTrial:
@@ -78,6 +79,7 @@ class Told:
         worth = assess(self.study, result)
         row = TrialRow(trial.number, "id", "", params, state, result, worth.score, worth.violation, worth.penalty)
         self.teller.tell(self.ot_study, trial, row)
+        self.rows.append(row)
         return self.ot_study.trials[trial.number]
 
 
@@ -195,7 +197,7 @@ def test_a_resumed_study_knows_the_worst_value(tmp_path: Path) -> None:
     first = Told(make_study(), JournalStorage(JournalFileBackend(path)))
     first.measured(42.0)
     again = Told.__new__(Told)
-    again.study, again.teller = first.study, Teller(first.study)
+    again.study, again.teller, again.rows = first.study, Teller(first.study), []
     again.ot_study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(path)))
     assert again.failed().value == 42.0
 
@@ -215,14 +217,17 @@ def test_a_refused_suggestion_is_infeasible_with_its_grade(direction: str) -> No
     assert by_constraint.state is by_engine.state is TrialState.COMPLETE
 
 
-def test_a_known_setting_is_not_counted_twice() -> None:
+def test_a_known_setting_is_answered_as_before_and_marked() -> None:
     told = Told(make_study())
-    first = told.measured(42.0)
-    trial = told.ot_study.ask()
-    suggest(trial, told.study.space)
-    told.teller.tell_known(told.ot_study, trial, TrialRow(first.number, "id", "", {}, State.MEASURED))
-    again = told.ot_study.trials[-1]
-    assert (again.state, again.user_attrs["state"], again.user_attrs["same_as"]) == (TrialState.FAIL, KNOWN, 0)
+    told.measured(42.0)
+    told.failed()
+    for number, row in enumerate(told.rows[:2]):
+        trial = told.ot_study.ask()
+        suggest(trial, told.study.space)
+        told.teller.tell_known(told.ot_study, trial, row)
+        first, again = told.ot_study.trials[number], told.ot_study.trials[-1]
+        assert (again.state, again.values, again.constraints) == (first.state, first.values, first.constraints)
+        assert (again.user_attrs["state"], again.user_attrs["same_as"]) == (KNOWN, number)
 
 
 def test_a_baseline_outside_the_space_is_kept_out_of_the_model_but_counts_as_a_value() -> None:

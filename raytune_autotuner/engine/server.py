@@ -315,7 +315,10 @@ class EngineServer:
             evidence=f"the engine ended with {_describe(exit_code)}, and its log does not say why",
             remedy="See the end of engine.log.",
         )
-        return replace(failure, stage=Stage.LOAD, share=0.0) if self._served else failure
+        if not self._served:
+            return failure
+        kind = Kind.ENGINE_DIED if failure.kind is Kind.UNKNOWN else failure.kind
+        return replace(failure, stage=Stage.LOAD, share=0.0, kind=kind)
 
     @property
     def _reached(self) -> Stage:

@@ -107,13 +107,18 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
         "dashboard_host": "127.0.0.1",
         "object_store_memory": OBJECT_STORE_BYTES,
     }
-    context = ray.init(
-        address=address,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        configure_logging=True,
-        **(local if address is None else {}),
-    )
+    try:
+        context = ray.init(
+            address=address,
+            logging_level=logging.CRITICAL,
+            log_to_driver=False,
+            **(local if address is None else {}),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--address {address}: no Ray cluster answers there: {str(error).splitlines()[0]}\n"
+            "If it asks for tokens: RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+        ) from error
     # Its errors are ours to tell, each once, with its trial.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:

@@ -39,6 +39,7 @@ Metrics: TypeAlias = dict[str, float]
 Progress: TypeAlias = Callable[[Stage, float], None]
 
 PROBE_TIMEOUT_S = 30.0
+IMPATIENT_S = 0.5
 
 
 @dataclass
@@ -97,7 +98,8 @@ class Evaluation:
                     yield self._round(server, number)
             finally:
                 with self._timed("stop"):
-                    server.stop()
+                    # vLLM ignores SIGTERM while it starts, so there is nothing to wait for before it is ready.
+                    server.stop(None if self.stage.order >= Stage.READY.order else IMPATIENT_S)
 
     def _server(self, launch: Launch, port: int) -> EngineServer:
         return EngineServer(
@@ -190,7 +192,7 @@ class Evaluation:
                 f"{len(failed)} of {len(load.records)} requests failed, the first with: {failed[0]}",
                 "See load.log and engine.log; if so many failures are acceptable, raise trial.max_failed_share.",
             )
-        if load.client_limited:
+        if load.client_limited and self.stage is Stage.LOAD:
             self._fail(
                 Kind.CLIENT_LIMITED,
                 f"the load client used {load.client_cpu_share:.0%} of a core",

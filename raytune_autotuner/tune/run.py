@@ -113,6 +113,7 @@ class _Run:
             on_change=self._changed,
         )
         self.status = StudyStatus.begin(self.slots)
+        write_status(self.folder, self.status)
         self.folder.write_versions(versions(self.engine, self.cluster))
 
     def search(self) -> None:
@@ -152,8 +153,8 @@ class _Run:
             lines = self.engine.launch_lines(answer.winner.params)
             self.folder.write_best(self.study, answer.winner, answer.baseline, self.engine.config_model(), lines[0])
         phase: Phase = "interrupted" if self.reporter.interrupted else "finished"
-        write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
         self.log.write_study(f"{phase}: {answer.sentence}")
+        write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
         self.board.close()
         self.watcher.finished(Ending(answer, rows, lines, self.reporter.interrupted, self.reporter.ending))
         self.log.close()

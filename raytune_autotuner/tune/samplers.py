@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -66,6 +66,17 @@ def grid_points(space: SearchSpace, fixed: Params | None = None) -> Iterator[dic
     for point in _expand(in_order(space), space, fixed or {}, {}):
         if space.violated(point, fixed or {}) is None:
             yield {name: point[name] for name in space.by_name if name in point}
+
+
+def unmeasured(space: SearchSpace, fixed: Params, known: Callable[[Params], bool], seed: int) -> dict[str, Any] | None:
+    """A random setting that is not `known` yet, for a search whose sampler repeats itself.
+
+    None where there is none left: then the space is exhausted. None also where it has too many settings to look at.
+    """
+    if space.size > MAX_GRID:
+        return None
+    left = [point for point in grid_points(space, fixed) if not known(point)]
+    return random.Random(seed).choice(left) if left else None
 
 
 class Grid(BaseSampler):

@@ -67,15 +67,7 @@ class Teller:
         A setting that the search space cannot express, such as a baseline outside its ranges, is kept as FAIL:
         Optuna has no place for it, and a place it never had would mislead.
         """
-        ot_trial.set_user_attr("params", dict(row.params))
-        if row.state is State.MEASURED:
-            self._tell_measured(ot_study, ot_trial, row)
-        elif row.state is State.FAILED:
-            failure = row.result.failure or _unexplained()
-            self._tell_failed(ot_study, ot_trial, failure, row.violation, row.penalty, str(State.FAILED))
-        else:
-            _note(ot_trial, str(row.state), row.result.failure, None)
-            ot_study.tell(ot_trial, state=TrialState.FAIL)
+        self._tell_row(ot_study, ot_trial, row, str(row.state))
 
     def tell_refused(self, ot_study: optuna.Study, ot_trial: optuna.Trial, reason: str | Failure) -> None:
         """End a suggestion that was refused before any start: graded as a failure, costs no trial.
@@ -87,10 +79,12 @@ class Teller:
         self._tell_failed(ot_study, ot_trial, failure, worth.violation, worth.penalty, REFUSED)
 
     def tell_known(self, ot_study: optuna.Study, ot_trial: optuna.Trial, row: TrialRow) -> None:
-        """End a suggestion that trial `row` has answered already: as FAIL, so that nothing counts twice."""
+        """End a suggestion that trial `row` has answered already, by that answer once more; costs no trial.
+
+        Left out instead, it would teach nothing, and TPE suggests the same setting until the search gives up.
+        """
         ot_trial.set_user_attr("same_as", row.number)
-        _note(ot_trial, KNOWN, None, None)
-        ot_study.tell(ot_trial, state=TrialState.FAIL)
+        self._tell_row(ot_study, ot_trial, row, KNOWN)
 
     def tell_lost(self, ot_study: optuna.Study, number: int, reason: str) -> None:
         """End the RUNNING trial `number` that an earlier process left behind; `reason` is only logged."""
@@ -101,12 +95,23 @@ class Teller:
     def _values_only(self) -> bool:
         return self._grade in ("elapsed", "infinite")
 
-    def _tell_measured(self, ot_study: optuna.Study, ot_trial: optuna.Trial, row: TrialRow) -> None:
+    def _tell_row(self, ot_study: optuna.Study, ot_trial: optuna.Trial, row: TrialRow, state: str) -> None:
+        ot_trial.set_user_attr("params", dict(row.params))
+        if row.state is State.MEASURED:
+            self._tell_measured(ot_study, ot_trial, row, state)
+        elif row.state is State.FAILED:
+            failure = row.result.failure or _unexplained()
+            self._tell_failed(ot_study, ot_trial, failure, row.violation, row.penalty, state)
+        else:
+            _note(ot_trial, state, row.result.failure, None)
+            ot_study.tell(ot_trial, state=TrialState.FAIL)
+
+    def _tell_measured(self, ot_study: optuna.Study, ot_trial: optuna.Trial, row: TrialRow, state: str) -> None:
         assert row.score is not None
         assert row.violation is not None
         pairs = zip([row.score], ot_study.directions, strict=True)
         values = [self._told(score, row.violation, way) for score, way in pairs]
-        _note(ot_trial, str(State.MEASURED), None, None)
+        _note(ot_trial, state, None, None)
         ot_trial.set_user_attr("values", values)
         self._complete(ot_study, ot_trial, values, row.violation)
 

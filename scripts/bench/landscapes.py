@@ -209,10 +209,14 @@ def recorded(table: Path, study_file: Path | None = None) -> Landscape:
     rows = pd.read_parquet(table) if table.suffix == ".parquet" else pd.read_csv(table)
     rows = rows[rows["state"].isin(["measured", "failed"])]
     points = [(_point(study, row), _result(row)) for row in rows.to_dict("records")]
-    first = next((p for (p, _), name in zip(points, rows["name"], strict=True) if name == BASELINE), {})
-    known = [(p, result) for p, result in points if len(p) == len(study.space.parameters)]
+    first, first_result = next(
+        (pair for pair, name in zip(points, rows["name"], strict=True) if name == BASELINE), points[0]
+    )
+    known = [(point, result) for point, result in points if len(point) == len(study.space.parameters)]
 
     def outcome(params: Params) -> TrialResult:
+        if params == first:
+            return first_result
         return min(known, key=lambda pair: _distance(study.space.parameters, params, pair[0]))[1]
 
     objective = study.objective.model_dump(exclude_none=True)
