@@ -29,10 +29,15 @@ BASE: dict[str, Any] = {
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` over it, mapping by mapping; `search_space` is replaced as a whole."""
+    """`base` with `changes` over it, mapping by mapping; a search space or an engine of its own kind is replaced."""
     result = dict(base)
     for key, value in changes.items():
-        deep = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "search_space"
+        deep = (
+            isinstance(value, dict)
+            and isinstance(base.get(key), dict)
+            and key != "search_space"
+            and "kind" not in value
+        )
         result[key] = merged(base[key], value) if deep else value
     return result
 

@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from report_samples import make_study
 
 from raytune_autotuner.engine.logfile import StampedLog, log_parts
 from raytune_autotuner.report.logs import LogWriter, follow_lines, parse_since, read_log, stamp
@@ -20,6 +19,7 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import StudyStatus, write_status
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
+from tests.report_samples import make_study
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z .*")
 

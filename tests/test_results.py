@@ -14,7 +14,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from report_samples import METRIC, NO_MEMORY, failed, make_study, measured, running, sample_rows, setting
 
 from raytune_autotuner.report.masking import mask, mask_launch, mask_values
 from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_json, write_result, write_text
@@ -24,6 +23,7 @@ from raytune_autotuner.report.verdict import changes, verdict
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
+from tests.report_samples import METRIC, NO_MEMORY, failed, make_study, measured, running, sample_rows, setting
 
 
 @pytest.fixture

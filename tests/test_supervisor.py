@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import process_tree
 import pytest
 
 from raytune_autotuner.engine.contract import Launch
@@ -23,6 +22,7 @@ from raytune_autotuner.engine.reading import VLLM_RULES
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.study.errors import TrialFailed
 from raytune_autotuner.study.failure import Blame, Kind
+from tests import process_tree
 
 OWNER = """
 import os, sys, time

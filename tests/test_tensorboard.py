@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import METRIC, failed, make_study, measured, sample_rows, setting
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.tensorboard import TensorBoardWriter, tag
 from raytune_autotuner.study.failure import Stage
+from tests.report_samples import METRIC, failed, make_study, measured, sample_rows, setting
 
 
 @pytest.fixture

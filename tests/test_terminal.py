@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_samples import METRIC, failed, make_study, measured, running, sample_rows, setting
 from rich.console import Console
 
 from raytune_autotuner.report.events import Events
@@ -28,6 +27,7 @@ from raytune_autotuner.report.verdict import verdict
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
+from tests.report_samples import METRIC, failed, make_study, measured, running, sample_rows, setting
 
 LINE = "HF_HUB_OFFLINE=1 " + "python -m engine --flag value " * 12 + "--end"
 LIVE = {4: LiveTrial(4, Stage.WEIGHTS, 0.4, 21.0, 600.0)}
@@ -256,7 +256,7 @@ PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_terminal import LIVE, ending, info
-from report_samples import sample_rows
+from tests.report_samples import sample_rows
 from raytune_autotuner.report.terminal import make_watcher
 watcher = make_watcher()
 try:

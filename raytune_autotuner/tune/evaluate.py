@@ -40,6 +40,7 @@ Progress: TypeAlias = Callable[[Stage, float], None]
 
 PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
+DYING_S = 3.0
 
 
 @dataclass
@@ -173,10 +174,10 @@ class Evaluation:
         finally:
             self._records.extend(kept)
         server.check()
-        self._judge(load)
+        self._judge(load, server)
         return load.duration_s
 
-    def _judge(self, load: client.LoadRun) -> None:
+    def _judge(self, load: client.LoadRun, server: EngineServer) -> None:
         """Raise `TrialFailed` where a load cannot count as a measurement."""
         failed = [record.error for record in load.records if record.error]
         share = len(failed) / max(len(load.records), 1)
@@ -187,6 +188,7 @@ class Evaluation:
                 "Raise trial.timeout_s, or lower workload.requests or rounds.",
             )
         if share > self.study.trial.max_failed_share:
+            self._await_death(server)
             self._fail(
                 Kind.BAD_RESPONSES,
                 f"{len(failed)} of {len(load.records)} requests failed, the first with: {failed[0]}",
@@ -199,6 +201,13 @@ class Evaluation:
                 "Lower the load, or leave the client more CPU.",
                 Blame.STUDY,
             )
+
+    def _await_death(self, server: EngineServer) -> None:
+        """Requests fail before the engine that was to answer them has ended: raise its own cause, if it does end."""
+        until = time.monotonic() + DYING_S
+        while time.monotonic() < until:
+            server.check()
+            time.sleep(0.1)
 
     def _fail(self, kind: Kind, evidence: str, remedy: str, blame: Blame = Blame.PARAMETERS) -> None:
         raise TrialFailed(Failure(self.stage, kind, blame, evidence, remedy, self.share))
