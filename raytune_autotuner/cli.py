@@ -6,11 +6,13 @@ Exit codes: 0 done; 1 the study ended without a usable result; 2 wrong use, noth
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from raytune_autotuner import __version__
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
@@ -35,10 +37,11 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in {*_COMMANDS, "-h", "--help", "--version"}:
-        arguments.insert(0, "run")
-    parsed = _parser().parse_args(arguments)
     try:
+        if arguments and arguments[0] not in {*_COMMANDS, "-h", "--help", "--version"}:
+            _refuse_mistyped_command(arguments[0])
+            arguments.insert(0, "run")
+        parsed = _parser().parse_args(arguments)
         if platform.system() != "Linux":
             raise ConfigError(f"raytune_autotuner runs on Linux, but this is {platform.system()}.")
         return int(_COMMANDS[parsed.command](parsed))
@@ -56,14 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.engine import models
     from raytune_autotuner.study.study import load_study
 
     overrides = list(arguments.set)
     if arguments.trials is not None:
         overrides.append(f"search.trials={arguments.trials}")
     study = load_study(arguments.study, overrides)
+    study = study.model_copy(update={"model": models.absolute(study.model)})
+    from raytune_autotuner.tune.checks import check_study
     from raytune_autotuner.tune.run import run_study
 
+    check_study(study, arguments.results)
     return run_study(study, arguments.results, address=arguments.address, verbose=arguments.verbose)
 
 
@@ -91,22 +98,24 @@ def _status(arguments: argparse.Namespace) -> int:
 def _diagnose(arguments: argparse.Namespace) -> int:
     from raytune_autotuner.engine.reading import diagnose
 
+    source = sys.stdin.fileno() if str(arguments.log) == "-" else arguments.log
     try:
-        with arguments.log.open(encoding="utf-8", errors="replace") as lines:
+        with open(source, encoding="utf-8", errors="replace", closefd=source is arguments.log) as lines:
             diagnosis = diagnose(lines, exit_code=arguments.exit_code)
     except OSError as error:
-        raise ConfigError(f"{arguments.log}: cannot be read: {error.strerror or error}.") from error
+        why = error.strerror or error
+        raise ConfigError(f"{arguments.log}: cannot be read: {why}. Name an engine's log, or - for stdin.") from error
     failure = diagnosis.failure
     stage = None if diagnosis.stage is None else str(diagnosis.stage)
-    found = {"stage": stage, "kind": None, "blame": None, "evidence": None, "remedy": None}
+    found: dict[str, str | None] = {"stage": stage, "kind": None, "blame": None, "evidence": None, "remedy": None}
     if failure is not None:
-        found |= {name: str(getattr(failure, name)) for name in found}
+        found |= {name: str(getattr(failure, name)) or None for name in found}
     if arguments.json:
         print(json.dumps(found))
     elif failure is None:
         print(f"no failure; stage reached: {stage or 'none'}")
     else:
-        print("\n".join(f"{name:<9} {value}" for name, value in found.items()))
+        print("\n".join(f"{name:<9} {value or '-'}" for name, value in found.items()))
     return OK
 
 
@@ -132,8 +141,21 @@ def _clean(arguments: argparse.Namespace) -> int:
 _COMMANDS = {"run": _run, "logs": _logs, "status": _status, "diagnose": _diagnose, "clean": _clean}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells wrong use as all other wrong use is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.\nSee {self.prog} --help")
+
+
+def _refuse_mistyped_command(word: str) -> None:
+    close = difflib.get_close_matches(word, _COMMANDS, n=1)
+    if close and not Path(word).exists():
+        raise ConfigError(f"{word!r} is neither a command nor a file. Did you mean {close[0]!r}?")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=_PROGRAM,
         description="Finds the engine settings to run, for a model, its hardware, its traffic and its promises.",
         epilog=_EPILOG,
@@ -146,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
     status.add_argument("results", type=Path, metavar="RESULTS")
     diagnose = commands.add_parser("diagnose", help="why an engine failed, read from its log")
-    diagnose.add_argument("log", type=Path, metavar="ENGINE_LOG")
+    diagnose.add_argument("log", type=Path, metavar="ENGINE_LOG", help="a file, or - for standard input")
     diagnose.add_argument("--exit-code", type=int, help="of the engine, negative or above 128 for a signal")
     diagnose.add_argument("--json", action="store_true")
     clean = commands.add_parser("clean", help="end what a crash left running; say what old results weigh")

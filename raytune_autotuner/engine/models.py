@@ -84,6 +84,11 @@ def resolve(model: str, python: str | Path | None = None) -> str:
     return str(Path(model).expanduser().resolve()) if _is_folder(model) else model
 
 
+def absolute(model: str) -> str:
+    """`model` as it means the same from every folder: trials run in folders of their own."""
+    return str(Path(model).expanduser().absolute()) if _is_folder(model) else model
+
+
 def served_name(model: str) -> str:
     """The name that requests carry.
 
@@ -109,6 +114,19 @@ def model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"model: {path} holds {type(config).__name__}, not a mapping.")
     return config
+
+
+def weight_bytes(folder: Path) -> int:
+    """Memory that the weights in a model's folder need, as far as its files tell; 0 where they do not.
+
+    Weights stored in 32 bits count half: engines load them in 16.
+    """
+    files = [*folder.glob("*.safetensors")]
+    # Some folders hold the same weights twice: in shards, and as one consolidated file.
+    shards = [file for file in files if not file.name.startswith("consolidated")]
+    config = model_config(folder)
+    wide = "float32" in (config.get("torch_dtype"), config.get("dtype"))
+    return sum(file.stat().st_size for file in shards or files) // (2 if wide else 1)
 
 
 def cache_root() -> Path:

@@ -18,8 +18,8 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,8 @@ PORTS = range(20_000, 30_000)
 SWEEP_LIMIT_S = 10.0
 _SWEEP_PAUSE_S = 0.01
 _PORT_TRIES = 500
+# What Python, torch and NCCL make there; a model that somebody keeps in /dev/shm is none of it.
+_SEGMENT = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|torch_|nccl-)[^/\s]+)$")
 _PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 
 
@@ -179,10 +181,13 @@ def _find(wanted: Callable[[str], bool]) -> list[tuple[Process, str]]:
 
 def _sweep(wanted: Callable[[str], bool]) -> list[tuple[int, str]]:
     killed: dict[Process, str] = {}
+    segments: set[Path] = set()
     until = time.monotonic() + SWEEP_LIMIT_S
     while (found := _find(wanted)) and time.monotonic() < until:
+        segments |= shared_memory([process.pid for process, _ in found])
         killed.update({process: mark for process, mark in found if process.kill()})
         time.sleep(_SWEEP_PAUSE_S)
+    free_shared_memory(segments)
     return [(process.pid, mark) for process, mark in killed.items()]
 
 
@@ -202,6 +207,38 @@ def sweep_orphans() -> list[tuple[int, str]]:
     Called at a trial's start, at the study's end and by `clean`. What belongs to a living owner stays.
     """
     return _sweep(_is_orphaned)
+
+
+# Shared memory
+
+
+def shared_memory(pids: Iterable[int]) -> set[Path]:
+    """The named shared memory segments and semaphores that the processes `pids` have in use."""
+    return {path for pid in pids for path in _mapped(pid)}
+
+
+def _mapped(pid: int) -> set[Path]:
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+            return {Path(found[1]) for line in maps if (found := _SEGMENT.search(line))}
+    except OSError:
+        return set()
+
+
+def free_shared_memory(segments: set[Path]) -> int:
+    """Remove those of `segments` that no living process uses any more; the bytes that this gave back.
+
+    Whoever is ended by SIGKILL does not remove its segments, and they hold memory until the machine's next start.
+    """
+    left = {path for path in segments if path.exists()}
+    left -= shared_memory(_pids()) if left else set()
+    freed = 0
+    for path in left:
+        with suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
+    return freed
 
 
 # Locks
@@ -263,6 +300,8 @@ class FileLock:
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether nobody listens on `port` now."""
     with socket.socket() as probe:
+        # As engines do: the last connections of a server that has ended are in the way of nobody.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:

@@ -3,7 +3,7 @@
     owner -> supervisor   the `Spec`, then {"do": "stop", "grace_s": 10} or {"do": "kill"}
     supervisor -> owner   {"event": ...} with its values:
       hello pid · waiting-for-lock lock · started pid | refused error · progress stage share serving lines ·
-      exited exit_code cause · stuck survivors · gone cause exit_code killed survivors
+      exited exit_code cause · stuck survivors · gone with the values of `Aftermath`
 
 The socket is the owner's lifeline too: its end is the owner's end. Standard library only.
 """
@@ -26,6 +26,8 @@ SETTLE_S = 1.0
 """After the root's end on `stop`, how long the rest of its tree may take to follow."""
 STUCK_S = 10.0
 """After so long of killing, the owner is told who does not go; the killing goes on."""
+ASIDE_S = 3600.0
+"""How long a GPU whose memory does not come back is kept from other trials at most."""
 _CHUNK = 65_536
 
 
@@ -60,12 +62,18 @@ class Spec:
     log_path: str
     record_path: str
     """Where the end is written down for when the owner is dead."""
+    trial_log_path: str
+    """Where a line says what was verified at the end."""
+    port: int
+    """Where the engine listens."""
     log_limit_bytes: int
     deadline_s: float | None
     """On the machine's monotonic clock."""
     locks: tuple[str, ...]
     mark: str
     owner: Process
+    raylet: Process | None
+    """Ray's node process where the owner is Ray's worker: its end is the owner's, who notices it seconds later."""
     rules: str
     """How to read the log, see `pack_rules`."""
 
@@ -84,7 +92,41 @@ class Spec:
         """The reverse of `to_json`."""
         values = json.loads(line)
         values |= {"argv": tuple(values["argv"]), "locks": tuple(values["locks"]), "owner": Process(**values["owner"])}
+        values["raylet"] = values["raylet"] and Process(**values["raylet"])
         return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """How an engine ended, and what was found when it was over."""
+
+    cause: Cause | None
+    """None where the supervisor itself was lost."""
+    exit_code: int | None
+    killed: int
+    """Processes that had to be ended by SIGKILL."""
+    survivors: tuple[int, ...]
+    port: int
+    port_free: bool
+    shared_memory_bytes: int
+    """Named shared memory that the killed processes had left, and that was removed."""
+    gpu_mib: dict[str, tuple[int, int]]
+    """GPU to its memory in use before the engine and after it, in MiB."""
+    held_gpus: tuple[str, ...]
+    """GPUs whose memory did not come back; they are set aside."""
+
+    def __str__(self) -> str:
+        """One line for the trial's log."""
+        code = "" if self.exit_code is None else f", exit code {self.exit_code}"
+        left = f"still running: {', '.join(map(str, self.survivors))}" if self.survivors else "no process left"
+        parts = [f"engine ended ({self.cause or 'supervisor lost'}{code})", f"{self.killed} killed", left]
+        parts.append(f"port {self.port} {'free' if self.port_free else 'STILL IN USE'}")
+        if self.shared_memory_bytes:
+            parts.append(f"{self.shared_memory_bytes / 1e6:.0f} MB of shared memory removed")
+        for gpu, (before, after) in self.gpu_mib.items():
+            verdict = "does not come back: SET ASIDE" if gpu in self.held_gpus else "is back"
+            parts.append(f"GPU {gpu} {verdict} ({before} MiB before, {after} MiB now)")
+        return "; ".join(parts)
 
 
 class Channel:

@@ -23,15 +23,16 @@ from types import TracebackType
 from typing import Any
 
 from raytune_autotuner.engine.contract import Launch
-from raytune_autotuner.engine.logfile import read_log
-from raytune_autotuner.engine.processes import MARK_VARIABLE, Process, marked, sweep
-from raytune_autotuner.engine.protocol import SETTLE_S, STUCK_S, Cause, Spec, pack_rules
+from raytune_autotuner.engine.logfile import StampedLog, read_log
+from raytune_autotuner.engine.processes import MARK_VARIABLE, Process, is_free, marked, sweep
+from raytune_autotuner.engine.protocol import SETTLE_S, STUCK_S, Aftermath, Cause, Spec, pack_rules
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.study.errors import TrialFailed
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 
 LOG_NAME = "engine.log"
 RECORD_NAME = "process.json"
+TRIAL_LOG_NAME = "trial.log"
 _POLL_S = 0.1
 _PROBE_TIMEOUT_S = 2.0
 _MARGIN_S = 5.0
@@ -70,6 +71,11 @@ def engine_environment(launch: Launch, mark: str, base: Mapping[str, str] | None
     # SPT_NOENV keeps setproctitle, by which vLLM names its processes, from overwriting the mark in /proc.
     ours = {MARK_VARIABLE: mark, "SPT_NOENV": "1"}
     return {**inherited, "PYTHONUNBUFFERED": "1", **launch.env, **ours}
+
+
+def _raylet() -> Process | None:
+    pid = os.environ.get("RAY_RAYLET_PID", "")
+    return Process.of(int(pid)) if pid.isdigit() else None
 
 
 def _ray_set_threads(env: Mapping[str, str]) -> bool:
@@ -174,11 +180,14 @@ class EngineServer:
             cwd=str(self._workdir),
             log_path=str(self.log_path),
             record_path=str(self._workdir / RECORD_NAME),
+            trial_log_path=str(self._workdir / TRIAL_LOG_NAME),
+            port=self._port,
             log_limit_bytes=self._log_limit_bytes,
             deadline_s=self._deadline,
             locks=self._locks,
             mark=self._mark,
             owner=Process.current(),
+            raylet=_raylet(),
             rules=pack_rules(self._rules),
         )
 
@@ -195,10 +204,19 @@ class EngineServer:
             for line in lines:
                 self._on_event(json.loads(line))
         if "gone" not in self._events:
-            sweep(self._mark)
+            self._stand_in()
         with self._changed:
             self._lost = "gone" not in self._events
             self._changed.notify_all()
+
+    def _stand_in(self) -> None:
+        """The supervisor was killed: end what it left, and say so."""
+        ended = sweep(self._mark)
+        left = tuple(process.pid for process in marked(self._mark))
+        aftermath = Aftermath(None, None, len(ended), left, self._port, is_free(self._port), 0, {}, ())
+        log = StampedLog(self._workdir / TRIAL_LOG_NAME, sys.maxsize)
+        log.write([(str(self.stage), str(aftermath))])
+        log.close()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         with self._changed:
@@ -277,6 +295,8 @@ class EngineServer:
             return self._lost_supervisor("was killed")
         if end.get("cause") == Cause.TERMINATED:
             return self._lost_supervisor("was told to end by somebody else")
+        if end.get("cause") == Cause.OWNER_ENDED:
+            return self._lost_supervisor("saw Ray end on this node")
         if end.get("cause") == Cause.EXITED:
             return self._diagnosed(end["exit_code"])
         if end.get("cause") == Cause.DEADLINE or time.monotonic() >= self._deadline:
@@ -376,6 +396,15 @@ class EngineServer:
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._listener.join(_MARGIN_S)
             self._socket.close()
+
+
+def read_end(workdir: Path) -> Cause | None:
+    """Why the engine in `workdir` ended, as its supervisor wrote it down; None where it did not (yet)."""
+    try:
+        cause = json.loads((workdir / RECORD_NAME).read_text(encoding="utf-8")).get("cause")
+    except (OSError, ValueError):
+        return None
+    return None if cause is None else Cause(cause)
 
 
 def _describe(exit_code: int) -> str:

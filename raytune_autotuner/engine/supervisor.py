@@ -25,20 +25,26 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raytune_autotuner.engine.gpus import GpuMemory
 from raytune_autotuner.engine.logfile import Pump, StampedLog
 from raytune_autotuner.engine.processes import (
     FileLock,
     Process,
     descendants,
+    free_shared_memory,
+    is_free,
     marked,
     open_pidfd,
+    shared_memory,
     sweep,
     sweep_orphans,
 )
-from raytune_autotuner.engine.protocol import SETTLE_S, STUCK_S, Cause, Channel, Spec
+from raytune_autotuner.engine.protocol import ASIDE_S, SETTLE_S, STUCK_S, Aftermath, Cause, Channel, Spec
 
 _TICK_S = 0.5
 _BUSY_TICK_S = 0.1
@@ -69,6 +75,10 @@ class Supervisor:
         self._told_at = 0.0
         self._started_at = time.time()
         self._killed: set[Process] = set()
+        self._segments: set[Path] = set()
+        self._owners = [process for process in (spec.owner, spec.raylet) if process is not None]
+        self._unwatched: set[Process] = set()
+        self._gpus = GpuMemory(lock.removeprefix("gpu-") for lock in spec.locks if lock.startswith("gpu-"))
 
     def run(self) -> None:
         """The life of the engine; returns when nothing of it is left."""
@@ -84,6 +94,7 @@ class Supervisor:
         finally:
             self._end_tree()
         self._report()
+        self._set_aside()
 
     # Watching
 
@@ -99,10 +110,12 @@ class Supervisor:
 
     def _watch_owner(self) -> None:
         self._selector.register(self._channel.sock, selectors.EVENT_READ, self._on_command)
-        self._owner_handle = open_pidfd(self._spec.owner.pid)
-        if self._owner_handle is not None:
-            self._selector.register(self._owner_handle, selectors.EVENT_READ, self._on_owner_end)
-        if not self._spec.owner.alive:
+        for process in self._owners:
+            handle = open_pidfd(process.pid)
+            if handle is not None:
+                self._selector.register(handle, selectors.EVENT_READ, partial(self._on_owner_end, handle))
+            self._unwatched |= set() if handle is not None else {process}
+        if not all(process.alive for process in self._owners):
             self._end_for(Cause.OWNER_ENDED)
 
     def _until(self, done: Callable[[], bool], tick_s: float = _TICK_S) -> None:
@@ -123,7 +136,7 @@ class Supervisor:
     def _on_tick(self) -> None:
         if self._spec.deadline_s is not None and time.monotonic() >= self._spec.deadline_s:
             self._end_for(Cause.DEADLINE)
-        if self._owner_handle is None and not self._spec.owner.alive:
+        if not all(process.alive for process in self._unwatched):
             self._end_for(Cause.OWNER_ENDED)
         self._channel.flush()
         if self._pump is not None:
@@ -138,9 +151,8 @@ class Supervisor:
     def _on_signal(self, reader: int) -> None:
         os.read(reader, _CHUNK)
 
-    def _on_owner_end(self) -> None:
-        if self._owner_handle is not None:
-            self._selector.unregister(self._owner_handle)
+    def _on_owner_end(self, handle: int) -> None:
+        self._selector.unregister(handle)
         self._end_for(Cause.OWNER_ENDED)
 
     def _on_command(self) -> None:
@@ -179,6 +191,7 @@ class Supervisor:
             self._await(lock, name)
         if self._locks and self._cause is None:
             sweep_orphans()
+            self._gpus.remember()
         return self._cause is None
 
     def _await(self, lock: FileLock, name: str) -> None:
@@ -270,6 +283,8 @@ class Supervisor:
         self._reap()
         while not self._childless:
             left = descendants(os.getpid())
+            if not self._killed:  # Once, for it takes milliseconds.
+                self._segments |= shared_memory([process.pid for process in left])
             self._killed.update(process for process in left if process.kill())
             if time.monotonic() >= stuck_at:
                 self._channel.send("stuck", survivors=[process.pid for process in left])
@@ -284,19 +299,50 @@ class Supervisor:
         if self._pump is not None:
             self._pump.drain()
             self._pump.close()
-        for lock in self._locks:
-            lock.release()
-        end: dict[str, Any] = {
-            "cause": self._cause,
-            "exit_code": self._exit_code,
-            "killed": len(self._killed),
-            "survivors": [process.pid for process in marked(self._spec.mark)],
-        }
-        self._write_record(end)
-        self._channel.send("gone", **end)
+        aftermath = self._verify()
+        self._note(str(aftermath))
+        if not self._gpus.held:
+            self._release_locks()
+        self._write_record(asdict(aftermath))
+        self._channel.send("gone", **asdict(aftermath))
         until = time.monotonic() + 1.0
         while not self._channel.flush() and time.monotonic() < until:
             time.sleep(_KILL_TICK_S)
+
+    def _verify(self) -> Aftermath:
+        """What is to be said of the end; waits a moment for the GPUs' memory."""
+        self._gpus.await_return()
+        return Aftermath(
+            cause=self._cause,
+            exit_code=self._exit_code,
+            killed=len(self._killed),
+            survivors=tuple(process.pid for process in marked(self._spec.mark)),
+            port=self._spec.port,
+            port_free=is_free(self._spec.port),
+            shared_memory_bytes=free_shared_memory(self._segments),
+            gpu_mib=self._gpus.levels,
+            held_gpus=self._gpus.held,
+        )
+
+    def _note(self, text: str) -> None:
+        """A line in the trial's log, which its owner, where it lives, writes too."""
+        stage = "arguments" if self._pump is None else str(self._pump.reader.stage)
+        log = StampedLog(Path(self._spec.trial_log_path), sys.maxsize)
+        log.write([(stage, text)])
+        log.close()
+
+    def _set_aside(self) -> None:
+        """Keep the locks of GPUs whose memory did not come back, until it has, so that no trial starts there."""
+        until = time.monotonic() + ASIDE_S
+        while self._gpus.held and time.monotonic() < until:
+            time.sleep(_TICK_S)
+            self._gpus.measure()
+        if time.monotonic() < until:
+            self._release_locks()
+
+    def _release_locks(self) -> None:
+        for lock in self._locks:
+            lock.release()
 
     def _write_record(self, end: dict[str, Any] | None) -> None:
         """`process.json`, for when the owner is dead. A full disk must not stand in the way of the killing."""

@@ -16,12 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from raytune_autotuner.engine import models
 from raytune_autotuner.engine.contract import Launch
-from raytune_autotuner.engine.reading import VLLM_RULES, LogRules
-from raytune_autotuner.engine.vllm_probe import flag
-from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import Choice, Parameter, Params, format_value
+from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
+from raytune_autotuner.engine.reading import VLLM_RULES, LogRules, diagnose
+from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.failure import Kind
+from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
 PROBE_TIMEOUT_S = 300
@@ -67,14 +70,15 @@ class VllmEngine:
         """Raise `ConfigError` where no vLLM is installed, or it does not know a flag or a value of the study."""
         self._require_installed()
         models.check(self._study.model)
+        self._check_memory()
         answer = self._probe()
         for name, nearest in answer["unknown"].items():
             hint = f" Did you mean {nearest!r}?" if nearest else ""
             raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} has no flag --{name}.{hint}")
         for name, value, why in answer["rejected"]:
-            raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} refuses {value!r}: {why}.")
+            raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} refuses {shown(value)}: {why}.")
         if answer["config_error"]:
-            raise ConfigError(f"engine.args: vLLM {answer['version']} refuses them: {answer['config_error']}")
+            raise ConfigError(self._refusal(f"vLLM {answer['version']}", answer["config_error"]))
 
     def defaults(self) -> dict[str, Any]:
         """The values in force at the baseline for parameters of the space, as far as vLLM tells."""
@@ -90,10 +94,10 @@ class VllmEngine:
         """(the line that works on this machine, the plain `vllm serve` form), both on 127.0.0.1:8000."""
         address = ("--host", "127.0.0.1", "--port", "8000")
         here = (*self._entry_point, *self._arguments(params, self.model), *address)
-        variables = {**self._needed_environment(), **self._setting_environment(params)}
+        variables = {**self._needed_environment(), **environment(self._study.setting(params))}
         plain_model = self.model if self._study.model.startswith("bundled:") else self._study.model
         plain = ("vllm", "serve", plain_model, *self._arguments(params, None), *address)
-        return _shell_line(variables, here), _shell_line(self._setting_environment(params), plain)
+        return _shell_line(variables, here), _shell_line(environment(self._study.setting(params)), plain)
 
     def config_model(self) -> str:
         """What vLLM is given as its model."""
@@ -129,9 +133,13 @@ class VllmEngine:
             done = subprocess.run(
                 [self._python, "-c", _ASK_PACKAGES], capture_output=True, text=True, timeout=60, check=True
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise ConfigError(f"engine.python: {self._python!r} does not run: {error}.") from error
-        found: dict[str, str] = json.loads(done.stdout)
+            found: dict[str, str] = json.loads(done.stdout)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise ConfigError(
+                f"engine.python: {self._python!r} does not run as a Python: {why}.\n"
+                "Name the Python of an environment that holds vLLM, such as /opt/vllm/bin/python."
+            ) from error
         return found
 
     def _require_installed(self) -> None:
@@ -148,11 +156,7 @@ class VllmEngine:
         if model is not None and "vllm" in self._packages:
             argv = [model]
         argv += ["--served-model-name", self.served_model]
-        return argv + [part for k, v in setting.items() if not k.startswith("env:") for part in flag(k, v)]
-
-    def _setting_environment(self, params: Params) -> dict[str, str]:
-        setting = self._study.setting(params)
-        return {k.removeprefix("env:"): format_value(v) for k, v in setting.items() if k.startswith("env:")}
+        return argv + arguments(setting)
 
     def _needed_environment(self) -> dict[str, str]:
         return {"HF_HUB_OFFLINE": "1"} if Path(self.model).is_dir() else {}
@@ -164,8 +168,28 @@ class VllmEngine:
             "DO_NOT_TRACK": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # for /reset_prefix_cache; the server listens on loopback only
             "PYTHONUNBUFFERED": "1",
-            **self._setting_environment(params),
+            **environment(self._study.setting(params)),
         }
+
+    def _check_memory(self) -> None:
+        """Raise `ConfigError` where the weights of a local model alone are more than all of the machine's memory."""
+        folder = Path(self._study.model).expanduser()
+        # Weights can be made smaller while they are loaded, or lie on GPUs.
+        if self.uses_gpus or "quantization" in {*self._study.fixed, *self._study.space.by_name} or not folder.is_dir():
+            return
+        needed, there = models.weight_bytes(folder), psutil.virtual_memory().total
+        if needed > there:
+            raise ConfigError(
+                f"model: the weights in {folder} need {needed / 2**30:.1f} GiB of memory, but this machine has "
+                f"{there / 2**30:.1f} GiB.\nTake a smaller or a quantised model, or a larger machine."
+            )
+
+    def _refusal(self, engine: str, error: str) -> str:
+        """What to tell of a configuration that the engine refused: the model's fault, or that of the arguments."""
+        failure = diagnose([f"ERROR {error}"]).failure
+        if failure is not None and failure.kind in (Kind.MODEL_NOT_FOUND, Kind.ACCESS_DENIED):
+            return f"model: {engine} cannot load {self._study.model!r}: {error}\n{failure.remedy}"
+        return f"engine.args: {engine} refuses them: {error}"
 
     def _where(self, name: str) -> str:
         return f"search_space.{name}" if name in self._study.space.by_name else f"engine.args.{name}"
@@ -175,8 +199,8 @@ class VllmEngine:
         if self._answer is None:
             question = {
                 "model": self.model,
-                "args": {k: v for k, v in self._study.fixed.items() if not k.startswith("env:")},
-                "candidates": {p.name: _candidates(p) for p in self._study.space.parameters},
+                "args": [_given(name, value) for name, value in self._study.engine.args.items()],
+                "candidates": [_given(p.name, value) for p in self._study.space.parameters for value in p.bounds],
             }
             kept = _cache_file(question, self._packages, self._python)
             if kept.is_file():
@@ -190,7 +214,6 @@ class VllmEngine:
         return self._answer
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        environment = {**os.environ, **self._environment({})}
         try:
             done = subprocess.run(
                 # As text: run as a file, its folder would stand first on the path, and this module hide vLLM.
@@ -200,7 +223,7 @@ class VllmEngine:
                 capture_output=True,
                 text=True,
                 timeout=PROBE_TIMEOUT_S,
-                env=environment,
+                env={**os.environ, **self._environment({})},
             )
         except subprocess.TimeoutExpired as error:
             raise ConfigError(f"vLLM did not answer which flags it has within {PROBE_TIMEOUT_S} s.") from error
@@ -212,12 +235,8 @@ class VllmEngine:
         return answer
 
 
-def _candidates(parameter: Parameter) -> list[Any]:
-    distribution = parameter.distribution
-    if isinstance(distribution, Choice):
-        return list(distribution.values)
-    number = int if distribution.type == "int" else float
-    return [number(distribution.low), number(distribution.high)]
+def _given(name: str, value: Any) -> list[Any]:
+    return [name, value, flag(name, value) if is_flag(name) else []]
 
 
 def _cache_file(question: dict[str, Any], packages: dict[str, str], python: str) -> Path:

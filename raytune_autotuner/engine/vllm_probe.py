@@ -1,8 +1,9 @@
 """Asks the installed vLLM what it thinks of flags and values. Runs as a script in the engine's own Python.
 
-In on stdin, JSON: `{"model": str, "args": {flag: value}, "candidates": {flag: [value, ...]}}`.
-Out on the last line of stdout, JSON: `{"version", "unknown": {flag: nearest | null}, "rejected": [[flag, value, why]],
-"defaults": {flag: value}, "config_error": str | null}`; `defaults` are those in force once `args` are applied.
+In on stdin, JSON: `{"model": str, "args": [[name, value, argv]], "candidates": [[name, value, argv]]}`, where argv is
+the value as a list of arguments; `env:NAME` has none.
+Out on the last line of stdout, JSON: `{"version", "unknown": {name: nearest | null}, "rejected": [[name, value, why]],
+"defaults": {name: value}, "config_error": str | null}`; `defaults` are those in force once `args` are applied.
 
 The one file that imports vllm; nothing imports this file.
 """
@@ -18,6 +19,8 @@ import os
 import sys
 from typing import Any
 
+# A name, its value, and the value as arguments.
+_Given = tuple[str, Any, list[str]]
 _SECTIONS = ("scheduler_config", "cache_config", "model_config", "parallel_config", "load_config", "compilation_config")
 
 
@@ -32,24 +35,23 @@ def main() -> None:
     os._exit(0)  # vLLM's interpreter shutdown takes seconds and has nothing to save
 
 
-def _examine(model: str, args: dict[str, Any], candidates: dict[str, list[Any]]) -> dict[str, Any]:
+def _examine(model: str, args: list[_Given], candidates: list[_Given]) -> dict[str, Any]:
     import vllm
 
     parser = _server_parser()
-    known = {option.lstrip("-").replace("_", "-") for option in parser._option_string_actions}
-    asked = [name for name in (*args, *candidates) if not name.startswith("env:")]
-    unknown = {name: _nearest(name, known) for name in asked if name.replace("_", "-") not in known}
+    known = {option.lstrip("-").replace("_", "-") for option in parser._option_string_actions if "--" in option}
+    asked = [given for given in (*args, *candidates) if not given[0].startswith("env:")]
+    unknown = {name: _nearest(name, known) for name, _, _ in asked if name.partition(".")[0] not in known}
     rejected = [
         [name, value, why]
-        for name, values in {**{k: [v] for k, v in args.items()}, **candidates}.items()
-        if name in asked and name not in unknown
-        for value in values
-        if (why := _complaint(parser, flag(name, value)))
+        for name, value, argv in asked
+        if name not in unknown and (why := _complaint(parser, ["--model", model, *argv]))
     ]
     defaults: dict[str, Any] = {}
     error = None
-    if not unknown and not any(name in args for name, _, _ in rejected):
-        defaults, error = _defaults(parser, model, args, list(candidates))
+    if not unknown and not rejected:
+        names = list(dict.fromkeys(name for name, _, _ in candidates))
+        defaults, error = _defaults(parser, ["--model", model, *(part for given in args for part in given[2])], names)
     return {
         "version": vllm.__version__,
         "unknown": unknown,
@@ -69,16 +71,6 @@ def _server_parser() -> Any:
     return make_arg_parser(FlexibleArgumentParser())
 
 
-def flag(name: str, value: Any) -> list[str]:
-    """`--name value` as the engine's command line has it; `--no-name` for False, nothing for None."""
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
-
-
 def _complaint(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:
     said = io.StringIO()
     try:
@@ -92,15 +84,12 @@ def _complaint(parser: argparse.ArgumentParser, argv: list[str]) -> str | None:
     return None
 
 
-def _defaults(
-    parser: argparse.ArgumentParser, model: str, args: dict[str, Any], names: list[str]
-) -> tuple[dict[str, Any], str | None]:
+def _defaults(parser: argparse.ArgumentParser, argv: list[str], names: list[str]) -> tuple[dict[str, Any], str | None]:
     from vllm import envs
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    argv = [part for name, value in args.items() if not name.startswith("env:") for part in flag(name, value)]
-    parsed = parser.parse_args(["--model", model, *argv])
+    parsed = parser.parse_args(argv)
     try:
         config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:  # noqa: BLE001  vLLM's checks raise errors of every kind

@@ -40,7 +40,8 @@ def verdict(
 
     Of equal scores the one with fewer changes against the `fixed` arguments wins, and the baseline before all.
     """
-    baseline = next((row for row in rows if row.name == BASELINE), None)
+    # The last one: a baseline that was lost has been run again.
+    baseline = next((row for row in reversed(rows) if row.name == BASELINE), None)
     measured = [row for row in rows if row.state is State.MEASURED and row.score is not None]
     if not measured:
         return Verdict(None, baseline, None, _nothing_measured(rows))

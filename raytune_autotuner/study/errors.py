@@ -8,7 +8,11 @@ AutotunerError
 
 from __future__ import annotations
 
+from typing import Any
+
 from raytune_autotuner.study.failure import Failure
+
+_SHOWN_CHARACTERS = 100
 
 
 class AutotunerError(Exception):
@@ -32,3 +36,16 @@ class TrialFailed(AutotunerError):
 
     def __reduce__(self) -> tuple[type[TrialFailed], tuple[Failure]]:
         return (TrialFailed, (self.failure,))
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message shows it: on one line, and cut where it is long.
+
+    >>> shown("word"), shown("x" * 1000)[-4:]
+    ("'word'", 'xxx…')
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = "a very large number"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

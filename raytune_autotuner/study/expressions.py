@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import ConfigError, shown
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -45,7 +45,8 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 }
 _LITERALS = {"true": True, "false": False, "null": None}
 _KEYWORDS = {"and", "or", "not", "in", *_LITERALS}
-_MAX_DEPTH = 50
+_MAX_DEPTH = 40
+_MAX_CHARACTERS = 1_000
 
 _Evaluator = Callable[[Mapping[str, Any]], Any]
 
@@ -71,31 +72,34 @@ class Expression:
             return bool(self._evaluate(values))
         except MissingName:
             return True
-        except (TypeError, ZeroDivisionError) as error:
-            shown = {name: values[name] for name in sorted(self.names) if name in values}
-            raise ConfigError(f"`{self.text}` cannot be evaluated for {shown}: {error}.") from error
+        except (TypeError, ArithmeticError) as error:
+            given = {name: values[name] for name in sorted(self.names) if name in values}
+            raise ConfigError(f"`{self.text:.100}` cannot be evaluated for {shown(given)}: {error}.") from error
 
 
 def parse_expression(text: str) -> Expression:
     """Parse `text`; raises `ConfigError` that names the place of the first error."""
-    return _Parser(text).parse()
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"{shown(text)} is longer than {_MAX_CHARACTERS:,} characters; split it into several.")
+    return _Parser(" ".join(text.split())).parse()
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
     position = 0
-    stripped = text.rstrip()
-    while position < len(stripped):
-        match = _TOKEN.match(stripped, position)
+    while position < len(text):
+        match = _TOKEN.match(text, position)
         if match is None or match.lastgroup is None:
-            rest = stripped[position:].strip()
-            raise ConfigError(f"Cannot read `{text}` at {rest!r}: expected a name, a number, a string or an operator.")
+            rest = shown(text[position:].strip())
+            raise ConfigError(
+                f"cannot read `{text:.100}` at {rest}: expected a name, a number, a string or an operator."
+            )
         kind = match.lastgroup
         value = match.group(kind)
         if kind == "name" and value in _KEYWORDS:
             kind = "op" if value not in _LITERALS else "literal"
         yield kind, value, match.start(kind)
         position = match.end()
-    yield "end", "", len(stripped)
+    yield "end", "", len(text)
 
 
 class _Parser:
@@ -116,7 +120,7 @@ class _Parser:
         return Expression(self._text, frozenset(self._names), evaluate)
 
     def _error(self, why: str) -> ConfigError:
-        return ConfigError(f"Cannot read `{self._text}` at character {self._tokens[self._index][2] + 1}: {why}.")
+        return ConfigError(f"cannot read `{self._text:.100}` at character {self._tokens[self._index][2] + 1}: {why}.")
 
     def _accept(self, *values: str) -> str | None:
         kind, value, _ = self._tokens[self._index]
@@ -130,13 +134,9 @@ class _Parser:
             raise self._error(f"expected {value!r}")
 
     def _or(self) -> _Evaluator:
-        self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise self._error("nested too deeply")
         terms = [self._and()]
         while self._accept("or"):
             terms.append(self._and())
-        self._depth -= 1
         return terms[0] if len(terms) == 1 else lambda values: any(term(values) for term in terms)
 
     def _and(self) -> _Evaluator:
@@ -175,6 +175,14 @@ class _Parser:
         return left
 
     def _atom(self) -> _Evaluator:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise self._error("nested too deeply")
+        atom = self._inner()
+        self._depth -= 1
+        return atom
+
+    def _inner(self) -> _Evaluator:
         if self._accept("("):
             inner = self._or()
             self._expect(")")
@@ -183,7 +191,7 @@ class _Parser:
             return self._list()
         if self._accept("-"):
             negated = self._atom()
-            return lambda values: -negated(values)
+            return lambda values: -_number(negated(values))
         kind, value, _ = self._tokens[self._index]
         if kind not in {"number", "string", "literal", "name"}:
             raise self._error("expected a name or a value")
@@ -194,7 +202,7 @@ class _Parser:
         if kind == "name":
             self._names.add(value)
             return lambda values: _look_up(values, value)
-        constant = _LITERALS[value] if kind == "literal" else value[1:-1] if kind == "string" else _number(value)
+        constant = _LITERALS[value] if kind == "literal" else value[1:-1] if kind == "string" else _read_number(value)
         return lambda values: constant
 
     def _list(self) -> _Evaluator:
@@ -208,11 +216,18 @@ class _Parser:
 
 
 def _apply(function: Callable[[Any, Any], Any], left: _Evaluator, right: _Evaluator) -> _Evaluator:
-    return lambda values: function(left(values), right(values))
+    return lambda values: function(_number(left(values)), _number(right(values)))
 
 
-def _number(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)
+def _number(value: Any) -> int | float:
+    """`value` if it can be computed with: Python would also multiply strings and lists, to any length."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{shown(value)} is not a number")
+    return value
+
+
+def _read_number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
 
 
 def _look_up(values: Mapping[str, Any], name: str) -> Any:

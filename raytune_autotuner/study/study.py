@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +19,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import Params, SearchSpace, parse_space
+from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.space import Params, SearchSpace, check_name, parse_space
 
 MAX_STUDY_BYTES = 1_000_000
+MAX_DEPTH = 20
+MAX_INTEGER = 2**63
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MAX_DURATION_CHARACTERS = 40
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TRAFFIC = re.compile(
-    r"D\(\s*\d+\s*,\s*\d+\s*\)"
-    r"|[NU]\(\s*\d+\s*,\s*\d+\s*\)\s*/\s*\(\s*\d+\s*,\s*\d+\s*\)"
+    r"D\(\s*\d{1,7}\s*,\s*\d{1,7}\s*\)"
+    r"|[NU]\(\s*\d{1,7}\s*,\s*\d{1,7}\s*\)\s*/\s*\(\s*\d{1,7}\s*,\s*\d{1,7}\s*\)"
 )
 # Arguments that the autotuner itself gives to the engine.
 _RESERVED_ARGS = {"host", "port", "model", "served-model-name", "config", "api-key", "uds"}
@@ -36,8 +41,9 @@ def _parse_duration(value: Any) -> Any:
     """Seconds from a number or from text such as `40m`, `1h 30m`, `90s`."""
     if not isinstance(value, str):
         return value
-    parts = _DURATION.findall(value)
-    if not parts or _DURATION.sub("", value).strip():
+    short = value[:_MAX_DURATION_CHARACTERS]
+    parts = _DURATION.findall(short)
+    if short != value or not parts or _DURATION.sub("", value).strip():
         raise ValueError("a duration is a number of seconds or text such as 90s, 40m, 1h 30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
@@ -46,13 +52,26 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-Duration = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0)]
+# Strict: without it `true` would be 1.
+Duration = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0, strict=True)]
 """Seconds; in the file a number or text such as `40m`."""
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
+Natural = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=4_000_000_000, strict=True)]
+PositiveNumber = Annotated[float, Field(gt=0, strict=True)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+def _check_own(section: str, name: str) -> None:
+    """Raise `ConfigError` for what is no name of a flag, or one that the autotuner sets."""
+    check_name(section, name)
+    if name in _RESERVED_ARGS:
+        raise ConfigError(f"{section}.{name}: is set by the autotuner itself; leave it out.")
+    if section == "engine.args" and name.startswith("env:"):
+        raise ConfigError(f"engine.args.{name}: write it under engine.env, as {name.removeprefix('env:')}.")
 
 
 class EngineSpec(_Model):
@@ -66,21 +85,29 @@ class EngineSpec(_Model):
     python: Path | None = None
     """The Python that has the engine in it; None: the one that runs the study."""
 
+    @field_validator("python")
+    @classmethod
+    def _in_full(cls, value: Path | None) -> Path | None:
+        # Trials run in folders of their own; a bare name is looked for on the path.
+        return value.expanduser().absolute() if value is not None and len(value.parts) > 1 else value
+
     @field_validator("env", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
-        return value
+        if not isinstance(value, Mapping):
+            return value
+        for name, one in value.items():
+            if not _VARIABLE.fullmatch(str(name)):
+                raise ConfigError(f"engine.env: {shown(name)} is not the name of an environment variable.")
+            if one is None:
+                raise ConfigError(f"engine.env.{name}: has no value; write one, or leave it out.")
+        return {name: one if isinstance(one, str) else json.dumps(one) for name, one in value.items()}
 
     @field_validator("args")
     @classmethod
     def _own_args(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
-            if name.startswith("-"):
-                raise ValueError(f"write the flag without dashes: {name.lstrip('-')!r}")
-            if name in _RESERVED_ARGS:
-                raise ValueError(f"{name!r} is set by the autotuner itself; leave it out")
+            _check_own("engine.args", name)
         return value
 
 
@@ -91,13 +118,13 @@ class Workload(_Model):
     """`D(in,out)` fixed, `N(mean,sd)/(mean,sd)` normal, `U(min,max)/(min,max)` uniform token counts."""
     concurrency: Annotated[tuple[Positive, ...], BeforeValidator(_as_list)] = ()
     """Closed loop: load levels as numbers of requests in flight."""
-    request_rate_rps: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_list)] = ()
+    request_rate_rps: Annotated[tuple[PositiveNumber, ...], BeforeValidator(_as_list)] = ()
     """Open loop: load levels as Poisson arrival rates."""
     requests: Positive = 64
     """Requests at each load level in each round."""
     rounds: Positive = 1
-    warmup_requests: Annotated[int, Field(ge=0)] = 8
-    seed: int = 0
+    warmup_requests: Natural = 8
+    seed: Seed = 0
 
     @field_validator("traffic")
     @classmethod
@@ -118,7 +145,7 @@ class ObjectiveSpec(_Model):
 
     maximize: str | None = None
     minimize: str | None = None
-    slo: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = {}
+    slo: dict[str, dict[str, PositiveNumber]] = {}
     """Metric to statistic to upper limit: `{ttft_ms: {p99: 500}}`."""
 
     @model_validator(mode="after")
@@ -146,7 +173,7 @@ class SearchSpec(_Model):
     trials: Positive = 20
     """Measured and graded trials, the baseline included; refused and retried ones do not count."""
     sampler: Literal["auto", "tpe", "gp", "random", "grid"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
     time_budget: Duration | None = None
     """No new trial starts after it; running ones end by their own deadline."""
     points: tuple[dict[str, Any], ...] = ()
@@ -160,11 +187,11 @@ class TrialSpec(_Model):
     """The trial's only clock, from its actor's start, waiting for resources excluded."""
     hung_after_s: Duration = 300.0
     """A trial without a log line or a finished request for so long is ended as hung."""
-    retries: Annotated[int, Field(ge=0)] = 1
+    retries: Natural = 1
     """How often a trial that failed by the environment's fault is run again."""
-    max_failed_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    max_failed_share: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.05
     """A trial of which a larger share of requests failed has no score."""
-    log_limit_mb: Annotated[float, Field(gt=0)] = 64.0
+    log_limit_mb: PositiveNumber = 64.0
     """A trial's engine log keeps its head and its tail beyond this size."""
 
 
@@ -177,9 +204,9 @@ class PenaltySpec(_Model):
 class ResourceSpec(_Model):
     """What one trial holds."""
 
-    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, strict=True)] = "auto"
     """`auto`: tensor x pipeline x data parallel size where the cluster has GPUs, else 0."""
-    cpus: Annotated[float, Field(gt=0)] = 1.0
+    cpus: PositiveNumber = 1.0
     max_concurrent: Positive | None = None
     """Trials at once; None: as many as fit."""
 
@@ -208,20 +235,13 @@ class Study(_Model):
                 "search_space is empty: name at least one parameter, such as max-num-seqs: {int: [1, 64]}."
             )
         for name in space.by_name:
-            if name in _RESERVED_ARGS:
-                raise ConfigError(f"search_space.{name}: {name!r} is set by the autotuner itself; leave it out.")
-            fixed_too = name in self.engine.args or name.removeprefix("env:") in self.engine.env
-            if fixed_too and (name in self.engine.args or name.startswith("env:")):
-                # Allowed: the fixed value is the baseline's, the space's value overrides it in a trial.
-                continue
-        known = set(space.by_name) | set(self.fixed)
-        for expression in (*space.constraints, *(p.when for p in space.parameters if p.when)):
-            for name in sorted(expression.names - known):
-                raise ConfigError(
-                    f"`{expression.text}` names {name!r}, which is neither in search_space nor in engine.args."
-                )
+            _check_own("search_space", name)
+        space.check_expressions(self.fixed)
         for index, point in enumerate(self.search.points):
-            space.check_point(point, f"search.points[{index}]")
+            where = f"search.points[{index}]"
+            space.check_point(point, where)
+            if broken := space.violated(point, self.fixed):
+                raise ConfigError(f"{where}: {shown(point)} breaks the constraint `{broken.text:.100}`.")
         return self
 
     @cached_property
@@ -244,49 +264,90 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
     Raises `ConfigError` for a missing or unreadable file, broken YAML, and whatever `Study` refuses.
     """
-    text = _read(path)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: broken YAML: {_yaml_problem(error)}") from error
-    lines = {} if node is None else dict(_lines(node, path))
-    try:
-        raw = None if node is None else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: broken YAML: {_yaml_problem(error)}") from error
+    raw, lines = _parse_yaml(_read(path), str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a study is a mapping of keys, but this file holds {type(raw).__name__}.")
+    places = {key: f"{path}, line {line}" for key, line in lines.items()}
     for override in overrides:
-        _override(raw, override)
-    return parse_study(raw, source=str(path), lines=lines)
+        key = _override(raw, override)
+        places = {known: place for known, place in places.items() if not _is_below(known, key)}
+        places[key] = f"--set {shown(override)}"
+    return parse_study(raw, source=str(path), places=places)
 
 
-def parse_study(raw: Mapping[str, Any], source: str = "study", lines: Mapping[str, int] | None = None) -> Study:
-    """A `Study` from plain values; raises `ConfigError` that names `source`, line and key."""
-    lines = lines or {}
-    _reject_unknown_keys(raw, Study, "", source, lines)
+def parse_study(raw: Mapping[str, Any], source: str = "study", places: Mapping[str, str] | None = None) -> Study:
+    """A `Study` from plain values; raises `ConfigError` that names the place of the wrong key.
+
+    `places` says where each dotted key stands, as far as that is known; elsewhere the place is `source`.
+    """
+    places = places or {}
+    for key, why in _not_plain(raw, ""):
+        raise ConfigError(f"{_place(source, key, places)}: {key or 'study'}: {why}.")
+    _reject_unknown_keys(raw, Study, "", source, places)
     try:
         return Study.model_validate(raw)
     except ConfigError as error:
-        key = next((word for word in re.findall(r"^[\w.:-]+", str(error))), "").rstrip(":")
-        raise ConfigError(f"{_place(source, key, lines)}: {error}") from error
+        found = re.match(r"[\w.:\[\]-]+", str(error))
+        key = found[0].rstrip(":") if found else ""
+        raise ConfigError(f"{_place(source, key, places)}: {error}") from error
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, source, lines)[:3])) from error
+        raise ConfigError("\n".join(_explain(error, source, places)[:3])) from error
 
 
 def _read(path: Path) -> str:
     try:
         if path.is_dir():
             raise ConfigError(f"{path}: is a folder; name the study's YAML file.")
-        if path.stat().st_size > MAX_STUDY_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_STUDY_BYTES + 1)
+        if len(content) > MAX_STUDY_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_STUDY_BYTES:,} bytes; is it a study file?")
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except FileNotFoundError as error:
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" In that folder: {', '.join(nearby[:5])}." if nearby else ""
+        hint = f" In that folder: {', '.join(nearby[:5])}." if nearby else " Name the study's YAML file."
         raise ConfigError(f"{path}: no such file.{hint}") from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not text in UTF-8 (byte {error.start + 1}); is it a study file?") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+class _StudyLoader(yaml.SafeLoader):
+    """Plain YAML: no tags, no aliases (whose expansion need not end), no deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; raises `MarkedYAMLError` for what a study may not hold."""
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _refusal(event, "aliases (*name) are not supported; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise _refusal(event, "tags (!name) are not supported; write a plain value")
+        if self.depth > MAX_DEPTH:
+            raise _refusal(event, f"nested more than {MAX_DEPTH} levels deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _refusal(event: yaml.Event, why: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=why, problem_mark=event.start_mark)  # type: ignore[arg-type]
+
+
+def _parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
+    """What the text holds, and the line of each dotted key, counted from 1."""
+    try:
+        loader = _StudyLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        lines = dict(_lines(node, source))
+        return loader.construct_document(node), lines
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{source}: broken YAML: {_yaml_problem(error)}") from error
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -295,53 +356,78 @@ def _yaml_problem(error: Exception) -> str:
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})." if mark else f"{problem}."
 
 
-def _lines(node: yaml.Node, source: Path, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Dotted key to line number, counted from 1; refuses keys that stand twice, aliases and deep nesting."""
-    if depth > 20:
-        raise ConfigError(f"{source}, line {node.start_mark.line + 1}: nested more than 20 levels deep.")
+def _lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted key to line number, counted from 1; refuses keys that stand twice."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield f"{prefix}[{index}]", item.start_mark.line + 1
-            yield from _lines(item, source, f"{prefix}[{index}]", depth + 1)
+            yield from _lines(item, source, f"{prefix}[{index}]")
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value in node.value:
             key = str(key_node.value)
             line = key_node.start_mark.line + 1
-            if key in seen:
-                raise ConfigError(f"{source}, line {line}: key {key!r} stands twice.")
-            if value.start_mark.index < key_node.start_mark.index or key == "<<":
-                raise ConfigError(
-                    f"{source}, line {line}: {key}: aliases (*name) are not supported; write the value out."
-                )
+            if key in seen or key == "<<":
+                why = "stands twice; leave one out" if key in seen else "is not supported; write the keys out"
+                raise ConfigError(f"{source}, line {line}: key {shown(key)} {why}.")
             seen.add(key)
             yield (path := f"{prefix}.{key}" if prefix else key), line
-            yield from _lines(value, source, path, depth + 1)
+            yield from _lines(value, source, path)
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, Any], override: str) -> str:
+    """Apply `key.path=value`; returns the key."""
     key, separator, text = override.partition("=")
+    where = f"--set {shown(override)}"
     if not separator or not key:
-        raise ConfigError(f"--set {override!r}: write key.path=value, such as --set search.trials=4.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: broken YAML: {_yaml_problem(error)}") from error
+        raise ConfigError(f"{where}: write key.path=value, such as --set search.trials=4.")
+    value, _ = _parse_yaml(text, where)
     target, *parts = key.split(".")
     node = raw
     for part in parts:
         child = node.setdefault(target, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {target!r} is {child!r}, not a mapping.")
+            raise ConfigError(f"{where}: {shown(target)} is {shown(child)}, not a mapping.")
         node, target = child, part
     node[target] = value
+    return key
 
 
-def _place(source: str, key: str, lines: Mapping[str, int]) -> str:
+def _is_below(known: str, key: str) -> bool:
+    """Whether the dotted key `known` is `key` or stands inside it."""
+    return known == key or known.startswith((f"{key}.", f"{key}["))
+
+
+def _not_plain(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """What JSON could not hold, as (dotted key, what is wrong): dates, NaN, integers without end, keys of numbers."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                yield key, f"the key {shown(name)} is not text; put it in quotes"
+            else:
+                yield from _not_plain(name, f"{key}.{name}" if key else name)
+                yield from _not_plain(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _not_plain(inner, f"{key}[{index}]")
+    elif isinstance(value, str):
+        if re.search(r"[\0\ud800-\udfff]", value):
+            yield key, f"{shown(value)} holds a character that no file or command line can"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield key, f"{value} is not a finite number"
+    elif isinstance(value, int):
+        if abs(value) >= MAX_INTEGER:
+            yield key, f"an integer is less than {MAX_INTEGER}, but got {shown(value)}"
+    elif value is not None:
+        yield key, f"{shown(value)} is neither text nor a number; put it in quotes where text is meant"
+
+
+def _place(source: str, key: str, places: Mapping[str, str]) -> str:
     probe = key
     while probe:
-        if probe in lines:
-            return f"{source}, line {lines[probe]}"
+        if probe in places:
+            return places[probe]
         probe = re.sub(r"(\.[^.\[]*|\[\d+\]|^[^.\[]*)$", "", probe)
     return source
 
@@ -355,19 +441,19 @@ def _submodel(annotation: Any) -> type[BaseModel] | None:
 
 
 def _reject_unknown_keys(
-    raw: Mapping[Any, Any], model: type[BaseModel], prefix: str, source: str, lines: Mapping[str, int]
+    raw: Mapping[Any, Any], model: type[BaseModel], prefix: str, source: str, places: Mapping[str, str]
 ) -> None:
     for key, value in raw.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if key not in model.model_fields:
             nearest = _nearest(str(key), prefix, model)
             raise ConfigError(
-                f"{_place(source, path, lines)}: unknown key {str(key)!r} in {prefix or 'the study'}. "
+                f"{_place(source, path, places)}: unknown key {shown(key)} in {prefix or 'the study'}. "
                 + (f"Did you mean {nearest!r}?" if nearest else f"It takes {', '.join(model.model_fields)}.")
             )
         submodel = _submodel(model.model_fields[key].annotation)
         if submodel and isinstance(value, Mapping):
-            _reject_unknown_keys(value, submodel, path, source, lines)
+            _reject_unknown_keys(value, submodel, path, source, places)
 
 
 def _nearest(key: str, prefix: str, model: type[BaseModel]) -> str | None:
@@ -387,7 +473,7 @@ def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _all_keys(submodel, path)
 
 
-def _explain(error: ValidationError, source: str, lines: Mapping[str, int]) -> list[str]:
+def _explain(error: ValidationError, source: str, places: Mapping[str, str]) -> list[str]:
     """A line for each wrong key: place, key, what is wrong, the value."""
     messages: dict[str, str] = {}
     for detail in error.errors():
@@ -400,8 +486,8 @@ def _explain(error: ValidationError, source: str, lines: Mapping[str, int]) -> l
             message = "is missing"
         else:
             value = detail.get("input")
-            shown = f", but got {value!r}" if not isinstance(value, (Mapping, BaseModel)) else ""
-            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ") + shown
+            got = f", but got {shown(value)}" if not isinstance(value, (Mapping, BaseModel)) else ""
+            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ") + got
             message = f"should be {message}" if detail["msg"].startswith("Input should be") else message
-        messages.setdefault(key, f"{_place(source, key, lines)}: {key or 'study'}: {message}.")
+        messages.setdefault(key, f"{_place(source, key, places)}: {key or 'study'}: {message}.")
     return list(messages.values())

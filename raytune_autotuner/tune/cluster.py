@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import Choice, Params
+from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
 OBJECT_STORE_BYTES = 128 * 1024**2
@@ -80,7 +81,7 @@ class Cluster:
         Raises `ConfigError` where no node can hold the smallest or the largest trial.
         """
         fits = []
-        for params in _extremes(study):
+        for params in _extremes(study, engine):
             need = self.trial_resources(study, engine, params)
             fits.append(sum(node.holds(**need) for node in self.nodes))
             if fits[-1] == 0:
@@ -106,6 +107,7 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "object_store_memory": OBJECT_STORE_BYTES,
+        "num_cpus": num_cpus,
     }
     try:
         context = ray.init(
@@ -115,10 +117,7 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
             **(local if address is None else {}),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--address {address}: no Ray cluster answers there: {str(error).splitlines()[0]}\n"
-            "If it asks for tokens: RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
-        ) from error
+        raise ConfigError(_not_answering(address, str(error).splitlines()[0])) from error
     # Its errors are ours to tell, each once, with its trial.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
@@ -133,13 +132,20 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
         ray.shutdown()
 
 
-def _extremes(study: Study) -> list[dict[str, object]]:
-    """The baseline, and the setting with the largest parallel sizes."""
-    largest = {
-        parameter.name: max(parameter.distribution.values)
-        if isinstance(parameter.distribution, Choice)
-        else int(parameter.distribution.high)
-        for parameter in study.space.parameters
-        if parameter.name.endswith("-parallel-size")
-    }
-    return [{}, largest] if largest else [{}]
+def _not_answering(address: str | None, why: str) -> str:
+    if address is None:
+        return f"Ray does not start on this machine: {why}\nIs there a cluster already? Then name it with --address."
+    return (
+        f"--address {address}: no Ray cluster answers there: {why}\n"
+        "If it asks for tokens: RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+    )
+
+
+def _extremes(study: Study, engine: Engine) -> list[Params]:
+    """The baseline, and the largest setting that the constraints let through."""
+    parallel = [parameter for parameter in study.space.parameters if parameter.name.endswith("-parallel-size")]
+    names = [parameter.name for parameter in parallel]
+    combinations = itertools.product(*(parameter.bounds for parameter in parallel))
+    settings = [dict(zip(names, values, strict=True)) for values in combinations] if parallel else []
+    allowed = [setting for setting in settings if study.space.violated(setting, study.fixed) is None]
+    return [{}, *sorted(allowed, key=engine.parallel_size)[-1:]]

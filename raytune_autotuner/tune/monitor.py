@@ -3,6 +3,9 @@
 A trial registers in its `setup`; when its time is up, or nothing of it has moved for too long, the monitor ends it
 with `ray.kill`, also when its actor is blocked in C code. Trials say where they are through `beat`, which is what the
 live table shows and what is known of a trial whose actor has died.
+
+Should the monitor itself die, Ray starts it again, for the trials to come. Those that ran are then ended by deadlines
+of their own, a little later: in the actor, and in the supervisor of the engine's processes.
 """
 
 from __future__ import annotations
@@ -24,12 +27,18 @@ TICK_S = 0.1
 class TrialMonitor:
     """Keeps the time of all running trials; one actor per study, and it holds no resources."""
 
-    def __init__(self, timeout_s: float, hung_after_s: float) -> None:
+    def __init__(self, run_id: str, timeout_s: float, hung_after_s: float) -> None:
+        self._run_id = run_id
         self._timeout_s = timeout_s
         self._hung_after_s = hung_after_s
         self._actors: dict[str, Any] = {}
+        self._live: set[str] = set()
         self._standing: dict[str, Standing] = {}
         self._closed = False
+
+    def __repr__(self) -> str:
+        """As the Ray dashboard shows the actor."""
+        return f"{self._run_id} monitor"
 
     async def watch(self) -> None:
         """End trials whose time is up; runs until the study ends."""
@@ -51,6 +60,7 @@ class TrialMonitor:
         if self._closed:
             return False
         self._actors[trial_id] = actor
+        self._live.add(trial_id)
         return True
 
     async def beat(self, trial_id: str, stage: Stage, share: float, metrics: Mapping[str, float] | None) -> None:
@@ -60,17 +70,22 @@ class TrialMonitor:
             known = replace(known, stage=stage, share=share)
         self._standing[trial_id] = replace(known, moved_at=time.time(), metrics=metrics or known.metrics)
 
-    async def release(self, trial_id: str) -> None:
-        """The trial has its result: it is no longer timed, and a late deadline cannot take the result away."""
+    async def measured(self, trial_id: str) -> None:
+        """The trial has what it was for and only ends its engine: a late deadline cannot take the result away."""
         self._actors.pop(trial_id, None)
+
+    async def release(self, trial_id: str) -> None:
+        """The trial is over."""
+        self._actors.pop(trial_id, None)
+        self._live.discard(trial_id)
 
     async def standing(self, trial_id: str) -> Standing:
         """Where the trial is, or was when it ended."""
         return self._standing.get(trial_id, Standing())
 
     async def standings(self) -> dict[str, Standing]:
-        """Of all trials still timed."""
-        return {trial_id: self._standing[trial_id] for trial_id in self._actors}
+        """Of all trials that have begun and not said that they are over."""
+        return {trial_id: self._standing[trial_id] for trial_id in self._live}
 
     async def close(self) -> None:
         """The study is ending: end every trial now, let none begin."""
@@ -80,11 +95,13 @@ class TrialMonitor:
 
     def _end(self, trial_id: str, kind: Kind | None) -> None:
         self._standing[trial_id] = replace(self._standing[trial_id], ended_by=kind, ended_at=time.time())
+        self._live.discard(trial_id)
         ray.kill(self._actors.pop(trial_id))
 
 
-def start_monitor(timeout_s: float, hung_after_s: float) -> Any:
+def start_monitor(run_id: str, timeout_s: float, hung_after_s: float) -> Any:
     """The study's monitor as an actor handle, its clock running."""
-    monitor: Any = ray.remote(TrialMonitor).options(num_cpus=0).remote(timeout_s, hung_after_s)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}  # `watch` goes on after a restart
+    monitor: Any = ray.remote(TrialMonitor).options(**options).remote(run_id, timeout_s, hung_after_s)
     monitor.watch.remote()
     return monitor

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from raytune_autotuner.engine.logfile import read_log
+from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import LogRules, diagnose
+from raytune_autotuner.engine.server import LOG_NAME, read_end
 from raytune_autotuner.report.results import ResultsFolder, read_result
 from raytune_autotuner.score.objective import assess
-from raytune_autotuner.study.failure import Blame, Failure, Kind
+from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
@@ -85,9 +88,10 @@ class TrialReporter:
         self.ending = self.ending or reason
 
     def known(self, filled: Params) -> TrialRow | None:
-        """The trial that measured or graded the same setting, defaults filled in."""
+        """The trial that measures, has measured or graded the same setting, defaults filled in."""
         key = _key(filled)
-        return next((row for i, row in self._rows.items() if self._keys[i] == key and row.state.teaches), None)
+        rows = [row for i, row in self._rows.items() if self._keys[i] == key]
+        return next((row for row in rows if row.state.teaches or not row.state.finished), None)
 
     def suggested(
         self, trial_id: str, params: Params, filled: Params, name: str = "", retry_of: int | None = None
@@ -145,12 +149,15 @@ class TrialReporter:
         """Why a trial failed whose actor is dead."""
         if standing.ended_by is not None:
             return self._timed_out(standing)
-        log = self._folder.trial_dir(row.number, row.trial_id) / "engine.log"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        found = diagnose(lines, rules=self._rules).failure
+        repeated = self._lost(self._keys[row.trial_id]) >= self._study.trial.retries
+        if not standing.started_at:
+            return _never_began(Blame.STUDY if repeated else Blame.ENVIRONMENT)
+        trial_dir = self._folder.trial_dir(row.number, row.trial_id)
+        # What an engine prints while it is being ended is not why it ended.
+        ended_by_us = read_end(trial_dir) is not Cause.EXITED
+        found = diagnose(read_log(trial_dir / LOG_NAME), rules=self._rules, ended_by_us=ended_by_us).failure
         if found is not None and found.blame is Blame.PARAMETERS and found.kind is not Kind.UNKNOWN:
             return found
-        repeated = self._lost(self._keys[row.trial_id]) >= self._study.trial.retries
         return Failure(
             standing.stage,
             Kind.WORKER_LOST,
@@ -193,6 +200,12 @@ class TrialReporter:
         if row.score is None or baseline is None or not baseline.score:
             return row
         return replace(row, relative=row.score / baseline.score)
+
+
+def _never_began(blame: Blame) -> Failure:
+    evidence = "the trial's actor could not be started"
+    remedy = "Ray's own words are in the trial's error.txt: mostly a node without this package or its dependencies."
+    return Failure(Stage.ARGUMENTS, Kind.WORKER_LOST, blame, evidence, remedy)
 
 
 def _key(values: Params) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.trainable import EngineTrial, Job
 
 OK, NO_RESULT, INTERRUPTED = 0, 1, 130
+_STOP = (signal.SIGINT, signal.SIGTERM)
 ANSWER_S = 5.0
 """The monitor answers in milliseconds; one that does not is lost with its node."""
 
@@ -104,7 +106,7 @@ class _Run:
         self.log = LogWriter(self.folder.study_log)
         self.events = Events(self.study, verbose=True)
         self.board = TensorBoardWriter(self.folder, self.study)
-        self.monitor = start_monitor(limits.timeout_s, limits.hung_after_s)
+        self.monitor = start_monitor(self.folder.path.name, limits.timeout_s, limits.hung_after_s)
         self.reporter = TrialReporter(
             self.study,
             self.folder,
@@ -164,9 +166,13 @@ class _Run:
 
     def _tuner(self, searcher: StudySearch) -> Tuner:
         study = self.study
+        # Ray Tune starts one actor after the other unless as many trials may wait as there are slots.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.slots)
         job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor)
+        trainable = tune.with_parameters(self.trainable, job=job)
+        trainable.__name__ = trainable.__qualname__ = self.trainable.__name__  # as the Ray dashboard shows it
         return Tuner(
-            tune.with_parameters(self.trainable, job=job),
+            trainable,
             tune_config=TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,
@@ -177,8 +183,9 @@ class _Run:
                 reuse_actors=False,
             ),
             run_config=RunConfig(
-                name=self.folder.trials_dir.name,
-                storage_path=str(self.folder.path),
+                # The whole path as the name: Ray Tune's staging folders are per name and second, and shared by studies.
+                name=str(self.folder.trials_dir.relative_to("/")),
+                storage_path="/",
                 callbacks=[StudyCallback(self.reporter, self._on_round, self._refresh)],
                 failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
@@ -197,7 +204,8 @@ class _Run:
             standing: Standing = ray.get(self.monitor.standing.remote(trial_id), timeout=ANSWER_S)
         except ray.exceptions.RayError:
             return self.standings.get(trial_id, Standing())
-        return standing
+        # A monitor that was started again knows nothing of the trials from before.
+        return standing if standing.started_at else self.standings.get(trial_id, standing)
 
     def _on_round(self, trial_id: str, result: dict[str, Any]) -> None:
         row = next(row for row in self.reporter.rows if row.trial_id == trial_id)
@@ -278,21 +286,34 @@ def _processor() -> str:
 
 @contextmanager
 def _stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the study cleanly, the second at once."""
-    seen: list[int] = []
+    """The first SIGINT or SIGTERM ends the study cleanly, the second at once.
 
-    def on_signal(number: int, frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            os._exit(INTERRUPTED)
-        interrupt()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    A thread of its own hears them: the main one may be in Ray's C++ code, which looks for signals once a second and
+    would take two for one.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(writer, False)
+    threading.Thread(target=_hear, args=(reader, interrupt), name="stop-signals", daemon=True).start()
+    fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in _STOP}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(fd_before)
+        os.close(writer)
+
+
+def _hear(reader: int, interrupt: Callable[[], None]) -> None:
+    heard = 0
+    while number := os.read(reader, 1):
+        heard += number[0] in _STOP
+        if heard > 1:
+            os._exit(INTERRUPTED)
+        if heard:
+            interrupt()
+    os.close(reader)
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -16,13 +16,15 @@ from typing import Any, cast
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import BASELINE
+from raytune_autotuner.study.trial import BASELINE, TrialRow
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
+from raytune_autotuner.tune.samplers import unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
 
 logger = logging.getLogger(__name__)
@@ -144,20 +146,36 @@ class StudySearch(OptunaSearch):
             ot_trial = self.ot_study.ask()
             if "params" in ot_trial.user_attrs:
                 return ot_trial, self._queued(ot_trial)
-            params = suggest(ot_trial, self._study.space)
-            known = self._reporter.known({**self._defaults, **params})
+            params = suggest(ot_trial, self._study.space, self._study.fixed)
+            known = self._known(params)
             broken = self._study.space.violated(params, self._study.fixed)
             if broken is not None:
                 self._teller.tell_refused(self.ot_study, ot_trial, f"breaks `{broken.text}`")
-            elif known is not None:
-                self._teller.tell_known(self.ot_study, ot_trial, known)
-            else:
+            elif known is None:
                 return ot_trial, params
-        return None, {}
+            elif known.state.teaches:
+                self._teller.tell_known(self.ot_study, ot_trial, known)
+            else:  # it runs just now
+                self.ot_study.tell(ot_trial, state=TrialState.FAIL)
+        return self._left_over()
+
+    def _left_over(self) -> tuple[optuna.Trial | None, dict[str, Any]]:
+        """A setting that the sampler keeps missing, or (None, {}) where all are tried."""
+        space, fixed = self._study.space, self._study.fixed
+        params = unmeasured(space, fixed, lambda point: self._known(point) is not None, self._study.search.seed)
+        if params is None:
+            return None, {}
+        self._enqueue(params)
+        ot_trial = self.ot_study.ask()
+        return ot_trial, self._queued(ot_trial)
+
+    def _known(self, params: Params) -> TrialRow | None:
+        return self._reporter.known({**self._defaults, **params})
 
     def _queued(self, ot_trial: optuna.Trial) -> dict[str, Any]:
         """The exact setting that was queued; Optuna's trial gets the values that were queued with it."""
         given = ot_trial.user_attrs["placed"]
         space = self._study.space
-        suggest(ot_trial, replace(space, parameters=tuple(p for p in space.parameters if p.name in given)))
+        placed = replace(space, parameters=tuple(p for p in space.parameters if p.name in given))
+        suggest(ot_trial, placed, self._study.fixed)
         return dict(ot_trial.user_attrs["params"])

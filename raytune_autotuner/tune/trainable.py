@@ -28,6 +28,8 @@ from raytune_autotuner.tune.reporter import RESULT, SCORE
 BACKSTOP_S = 2.0
 """The actor's own deadline lies so much after the monitor's, which is the one that counts."""
 BEAT_S = 0.2
+MONITOR_ANSWER_S = 10.0
+"""The monitor answers in milliseconds, or after some seconds where it has to be started again."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,13 @@ class EngineTrial(tune.Trainable):
         self._rounds: Generator[Metrics, None, TrialResult] | None = None
         self._beaten_at = 0.0
         self._beaten_stage: Stage | None = None
-        self._welcome = ray.get(job.monitor.register.remote(self.trial_id, ray.get_runtime_context().current_actor))
+        self._measured = 0
+        actor = ray.get_runtime_context().current_actor
+        self._welcome = self._ask_monitor(job.monitor.register.remote(self.trial_id, actor), default=True)
+
+    def __repr__(self) -> str:
+        """As the Ray dashboard shows the actor."""
+        return f"{self._job.run_id} trial {self.config['number']}"
 
     def step(self) -> dict[str, Any]:
         """One round; the last step has the trial's whole result."""
@@ -69,6 +77,9 @@ class EngineTrial(tune.Trainable):
         except StopIteration as stop:
             return self._last(stop.value)
         self._job.monitor.beat.remote(self.trial_id, Stage.LOAD, 0.0, metrics)
+        self._measured += 1
+        if self._measured == self._job.study.workload.rounds:
+            self._ask_monitor(self._job.monitor.measured.remote(self.trial_id), default=None)
         return {SCORE: metrics.get(self._job.study.objective.metric), **metrics}
 
     def cleanup(self) -> None:
@@ -99,8 +110,15 @@ class EngineTrial(tune.Trainable):
             self._beaten_at, self._beaten_stage = time.monotonic(), stage
             self._job.monitor.beat.remote(self.trial_id, stage, share, None)
 
+    def _ask_monitor(self, answer: Any, default: Any) -> Any:
+        """A monitor that is gone or mute costs a trial its clock at the monitor, and nothing else."""
+        try:
+            return ray.get(answer, timeout=MONITOR_ANSWER_S)
+        except ray.exceptions.RayError:
+            return default
+
     def _last(self, result: TrialResult) -> dict[str, Any]:
-        ray.get(self._job.monitor.release.remote(self.trial_id))
+        self._ask_monitor(self._job.monitor.release.remote(self.trial_id), default=None)
         return {SCORE: _told(result.metrics, self._job.study.objective.metric), RESULT: result.to_dict(), "done": True}
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from raytune_autotuner import __version__
 from raytune_autotuner.engine.contract import Launch
+from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
 from raytune_autotuner.engine.reading import SIMULATED_RULES, LogRules
+from raytune_autotuner.engine.simulated.faults import parse_faults
 from raytune_autotuner.engine.simulated.setting import Hardware, Setting, known_flags, nearest_flag
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import Choice, Params, format_value
+from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
-
-_SERVER_FLAGS = {"fault", "seed"}
 
 
 class SimulatedEngine:
@@ -41,10 +42,10 @@ class SimulatedEngine:
     def preflight(self) -> None:
         """Raise `ConfigError` for a flag that it does not have, or a value that it cannot read."""
         fixed = {name: [value] for name, value in self._study.engine.args.items()}
-        space = {p.name: _values(p.distribution) for p in self._study.space.parameters}
+        space = {p.name: p.bounds for p in self._study.space.parameters}
         for where, flags in (("engine.args", fixed), ("search_space", space)):
             for name, values in flags.items():
-                if not name.startswith("env:"):
+                if is_flag(name):
                     _check(f"{where}.{name}", name, values)
 
     def defaults(self) -> dict[str, Any]:
@@ -58,9 +59,7 @@ class SimulatedEngine:
 
     def launch(self, params: Params, port: int) -> Launch:
         """The command that serves `params` on 127.0.0.1:`port`."""
-        setting = self._study.setting(params)
-        variables = {k.removeprefix("env:"): format_value(v) for k, v in setting.items() if k.startswith("env:")}
-        return Launch(tuple(self._command(params, port)), variables)
+        return Launch(tuple(self._command(params, port)), environment(self._study.setting(params)))
 
     def launch_lines(self, params: Params) -> tuple[str, str]:
         """The same line twice: there is no engine elsewhere to launch."""
@@ -79,36 +78,25 @@ class SimulatedEngine:
     def _command(self, params: Params, port: int) -> list[str]:
         program = [sys.executable, "-m", "raytune_autotuner.engine.simulated"]
         address = ["--host", "127.0.0.1", "--port", str(port), "--model", self._study.model]
-        setting = self._study.setting(params)
-        return (
-            program + address + [part for k, v in setting.items() if not k.startswith("env:") for part in _flag(k, v)]
-        )
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [f"--{name}={format_value(one)}" for one in values]
-
-
-def _values(distribution: Any) -> list[Any]:
-    return list(distribution.values) if isinstance(distribution, Choice) else [distribution.low, distribution.high]
+        return program + address + arguments(self._study.setting(params))
 
 
 def _check(where: str, name: str, values: list[Any]) -> None:
-    if name in _SERVER_FLAGS:
-        return
-    if name not in known_flags():
+    """Raise `ConfigError` where the server would not take one of `values` for its flag `name`."""
+    if name not in {*known_flags(), *_READERS}:
         nearest = nearest_flag(name)
-        raise ConfigError(
-            f"{where}: the simulated engine has no flag --{name}." + (f" Did you mean {nearest!r}?" if nearest else "")
-        )
+        hint = f"Did you mean {nearest!r}?" if nearest else f"It has {', '.join(known_flags())}."
+        raise ConfigError(f"{where}: the simulated engine has no flag --{name}. {hint}")
+    read = _READERS.get(name, lambda value: (Setting.from_params({name: value}), Hardware.from_params({name: value})))
     for value in values:
         try:
-            Setting.from_params({name: value})
-            Hardware.from_params({name: value})
-        except ConfigError as error:
+            read(value)
+        except (ConfigError, TypeError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from error
+
+
+# Flags of the server that are no part of a setting or of the hardware.
+_READERS: dict[str, Callable[[Any], object]] = {
+    "fault": lambda value: parse_faults(flag("fault", value)[1:]),
+    "seed": int,
+}

@@ -1,0 +1,43 @@
+"""A setting as an engine takes it: command-line flags and environment variables.
+
+In: names as they stand in a study (a flag without its dashes, or `env:NAME`) with plain values. It knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from raytune_autotuner.study.space import format_value
+
+_VARIABLE = "env:"
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """`--name value`; `--no-name` for False, nothing for None, JSON for mappings and lists.
+
+    >>> flag("block-size", 16), flag("enforce-eager", False), flag("seed", None), flag("nice", -1)
+    (['--block-size', '16'], ['--no-enforce-eager'], [], ['--nice=-1'])
+    """
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+
+
+def is_flag(name: str) -> bool:
+    """Whether a name of a setting is a flag, and not an environment variable."""
+    return not name.startswith(_VARIABLE)
+
+
+def arguments(setting: Mapping[str, Any]) -> list[str]:
+    """The flags of a setting, as an argument list."""
+    return [part for name, value in setting.items() if is_flag(name) for part in flag(name, value)]
+
+
+def environment(setting: Mapping[str, Any]) -> dict[str, str]:
+    """The environment variables of a setting."""
+    return {name.removeprefix(_VARIABLE): format_value(v) for name, v in setting.items() if not is_flag(name)}
