@@ -39,6 +39,7 @@ _LEAKED = re.compile(r"leaked (\S+) still prints pid=(\d+)")
 _POLL_S = 0.01
 _PATIENCE_S = 20.0
 _RAYS_PATIENCE_S = 60.0
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Case:
     name: str
     inside: str = "wait"
     outside: str = ""
-    states: tuple[str, ...] = ("lost", "measured")
-    """Of the study's trials at its end."""
+    states: tuple[str, ...] | None = ("lost", "measured")
+    """Of the study's trials at its end; None where it depends on the moment."""
     exit_code: int = 0
     own_ray: bool = False
     """Whether the driver has its Ray for itself, because Ray ends with it."""
@@ -71,10 +72,10 @@ CASES = {
         Case("deadline in load", inside="block in load", states=("failed", "measured")),
         Case("supervisor SIGKILLed", inside="linger", outside="kill supervisor"),
         Case("driver SIGINT", outside="interrupt driver", states=("interrupted",), exit_code=130, own_ray=True),
-        Case("driver SIGINT twice", outside="interrupt driver twice", states=(), exit_code=130, own_ray=True),
+        Case("driver SIGINT twice", outside="interrupt driver twice", states=None, exit_code=130, own_ray=True),
         Case("driver SIGTERM", outside="terminate driver", states=("interrupted",), exit_code=130, own_ray=True),
         Case("driver SIGKILLed", outside="kill driver", states=(), exit_code=-signal.SIGKILL, own_ray=True),
-        Case("raylet killed", outside="kill raylet", states=(), exit_code=1, own_ray=True),
+        Case("raylet killed", outside="kill raylet", states=("lost",), exit_code=1, own_ray=True),
     )
 }
 
@@ -145,7 +146,7 @@ class Outcome:
     """Processes of the trial, its supervisor included, that ran on for 20 seconds."""
     marked: dict[int, str] = field(default_factory=dict)
     """Processes with a mark of the study after its end."""
-    rays_left: list[int] = field(default_factory=list)
+    rays_left: list[str] = field(default_factory=list)
     """Processes of a Ray that the driver had for itself, after its end."""
     states: tuple[str, ...] = ()
     exit_code: int | None = None
@@ -162,7 +163,7 @@ def write_kill_study(folder: Path, case: Case) -> Path:
         study=f"kill-{re.sub('[^a-z]+', '-', case.name.lower())}",
         engine={"args": {"fault": "leak@initialization", "speed": 20}},
         workload={"rounds": 2, "requests": 4, "concurrency": 4},
-        search={"trials": 2 if case.states[-2:-1] in (("failed",), ("measured",)) else 1},
+        search={"trials": 2 if case.by_deadline or not case.inside else 1},
         trial={"timeout_s": DEADLINE_S if case.by_deadline else 90, "hung_after_s": 60},
         resources={"cpus": 0.5, "max_concurrent": 1},
     )
@@ -192,7 +193,7 @@ def _watch(case: Case, study: Path, driver: subprocess.Popen[bytes]) -> Outcome:
     trial = _await(lambda: _first_trial(study), driver)
     tree = _await(lambda: _tree(trial), driver)
     actor = _process(_await(lambda: actor_of(trial.parents[1].name, trial.name.split("-", 1)[1]), driver))
-    rays = descendants(driver.pid) if case.own_ray else []
+    rays = _rays(driver.pid) if case.own_ray else []
     outcome = Outcome(case, folder=ResultsFolder.open(trial.parents[1]))
     if case.inside:
         _await((trial / "acted").exists, driver)
@@ -203,7 +204,7 @@ def _watch(case: Case, study: Path, driver: subprocess.Popen[bytes]) -> Outcome:
     outcome.gone_s = max(time.time() - begun, 0.0)
     outcome.exit_code = driver.wait(120)
     outcome.ended_s = time.time() - begun
-    outcome.rays_left = [process.pid for process in _wait_gone(rays)]
+    outcome.rays_left = _left_of(rays)
     outcome.marked = marks(trial.parents[1].name)
     outcome.states = tuple(str(row.state) for row in outcome.folder.read_rows()) if outcome.folder else ()
     if not case.inside and outcome.folder:
@@ -280,11 +281,24 @@ def _survivors(tree: dict[str, Process]) -> list[str]:
     return left
 
 
-def _wait_gone(processes: list[Process]) -> list[Process]:
+def _rays(driver: int) -> list[Process]:
+    """The Ray below `driver`, but for its two agents, which take more than a minute to notice that they are alone."""
+    return [process for process in descendants(driver) if not _command(process).startswith(_AGENTS)]
+
+
+def _command(process: Process) -> str:
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+def _left_of(processes: list[Process]) -> list[str]:
+    """The command lines of those that do not end within a minute."""
     until = time.monotonic() + _RAYS_PATIENCE_S
     while (left := [process for process in processes if process.alive]) and time.monotonic() < until:
         time.sleep(0.1)
-    return left
+    return [_command(process) for process in left]
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -13,9 +14,12 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import raytune_autotuner
 from raytune_autotuner.cli import main
 from raytune_autotuner.engine import models
+from raytune_autotuner.score.grades import Grade
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.study import Study, load_study
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +90,29 @@ def test_every_metric_is_documented_and_no_other() -> None:
     assert {name for row in rows("metrics.md") for name in re.findall(r"`([^`]+)`", row[0])} == set(METRICS)
 
 
+@pytest.mark.parametrize(
+    ("heading", "names"),
+    [("Stages", Stage), ("Kinds", Kind), ("Whose fault it was", Blame)],
+    ids=lambda part: str(part),
+)
+def test_every_name_of_a_failure_is_documented_and_no_other(heading: str, names: type[StrEnum]) -> None:
+    page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)`", section, re.MULTILINE) == list(names)
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_a_stages_documented_share_is_its_share(stage: Stage) -> None:
+    told = next(row for row in rows("failures.md") if row[0] == f"`{stage}`")[1]
+    low, *high = (float(number) for number in re.findall(r"\d\.\d\d", told))
+    assert (low, *high[:1]) == tuple(dict.fromkeys((stage.progress(0), stage.progress(1))))
+
+
+def test_every_grade_is_explained() -> None:
+    page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE) == list(get_args(Grade))
+
+
 @pytest.mark.parametrize("row", [row for row in rows("metrics.md") if len(row) > 2], ids=lambda row: row[0])
 def test_a_metrics_documented_unit_is_its_unit(row: list[str]) -> None:
     assert row[1] == METRICS[row[0].strip("`")].unit
@@ -113,6 +140,20 @@ def test_every_command_stands_in_the_readme(capsys: pytest.CaptureFixture[str]) 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert commands
     assert not [name for name in commands if name != "run" and f"python -m raytune_autotuner {name} " not in readme]
+
+
+def test_every_module_stands_in_the_house_and_no_other() -> None:
+    package = Path(raytune_autotuner.__file__).parent
+    house = (
+        (ROOT / "docs" / "house.md").read_text(encoding="utf-8").split("The modules, in the order")[1].split("\n## ")[0]
+    )
+    told = {
+        room: re.findall(r"`(\w+)`", names)
+        for room, names in re.findall(r"- `([\w/]+)/`:((?:(?!\n- ).)*)", house, re.S)
+    }
+    assert told.keys() == {f.parent.relative_to(package).as_posix() for f in package.rglob("[a-z]*.py")} - {"."}
+    for room, names in told.items():
+        assert sorted(names) == sorted(path.stem for path in (package / room).glob("[a-z]*.py")), room
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,11 +12,19 @@ import pytest
 
 @pytest.fixture
 def clone(root: Path, tmp_path: Path) -> Path:
-    """A fresh clone at a path with a space in it."""
-    clone = tmp_path / "my clone"
+    """A fresh clone."""
+    clone = tmp_path / "my-clone"
     shutil.copytree(root / "scripts", clone / "scripts")
     shutil.copy(root / "pyproject.toml", clone)
     return clone
+
+
+def test_a_path_with_a_space_is_refused_since_ray_would_wait_for_ever(clone: Path) -> None:
+    spaced = clone.rename(clone.with_name("my clone"))
+    done = run(spaced, "quickstart", "--install-only")
+    assert done.returncode == 2
+    assert "path with a space" in done.stderr
+    assert not (spaced / ".venv").exists()
 
 
 def command(clone: Path, name: str, text: str) -> None:

@@ -53,6 +53,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Resul
         engine={"args": {"fault": "none"}},
         search={"trials": 1 + len(FAULTS), "points": [{"fault": fault} for fault in FAULTS]},
         trial={"timeout_s": 12, "hung_after_s": 5},
+        resources={"max_concurrent": 1},  # in this order, so that the baseline is told first
     )
     done, folder = run_study(study, "--address", ray_address)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,7 +83,8 @@ def test_optuna_holds_every_trial_complete_and_finite(ordinary: tuple[Any, Resul
             continue
         row = rows[trial.user_attrs["trial"]]
         assert trial.state is TrialState.COMPLETE
-        assert math.isfinite(trial.value or math.nan)
+        assert trial.value is not None
+        assert math.isfinite(trial.value)
         constraint = trial.constraints[CONSTRAINT]
         assert constraint == row.violation
         assert (1 < constraint <= 2) if row.state is State.FAILED else (constraint <= 0 and trial.value == row.score)
@@ -121,7 +123,8 @@ def test_a_failure_is_told_with_its_stage_kind_and_a_finite_penalty(failing: Res
     assert (str(row.result.failure.stage), str(row.result.failure.kind)) == FAULTS[fault]
     trial = next(trial for trial in optuna_trials(failing) if trial.user_attrs["trial"] == row.number)
     assert trial.state is TrialState.COMPLETE
-    assert math.isfinite(trial.value or math.nan)
+    assert trial.value is not None
+    assert math.isfinite(trial.value)
     assert 1 < trial.constraints[CONSTRAINT] <= 2
     assert trial.user_attrs["kind"] == FAULTS[fault][1]
 
@@ -138,7 +141,9 @@ def test_nothing_of_a_failed_trial_is_left_running(failing: ResultsFolder) -> No
 
 
 def test_a_wrong_model_ends_the_study_after_one_trial(tmp_path: Path, ray_address: str) -> None:
-    study = write_study(tmp_path, engine={"args": {"fault": "model-not-found@configuration"}})
+    study = write_study(
+        tmp_path, engine={"args": {"fault": "model-not-found@configuration"}}, resources={"max_concurrent": 1}
+    )
     done, folder = run_study(study, "--address", ray_address)
     assert done.returncode == 1
     assert len(folder.read_rows()) == 1

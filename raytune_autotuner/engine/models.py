@@ -165,7 +165,7 @@ def _neighbours(folder: Path) -> str:
     if folder.exists():
         return " It is a file; name the folder that holds config.json."
     close = _alike(folder, cutoff=0.6)
-    return f" Did you mean {folder.parent / close[0]}?" if close else ""
+    return f" Did you mean {folder.parent / close[0]}?" if close else " Name one with a config.json, or a hub id."
 
 
 def _bundled(model: str) -> BundledModel:

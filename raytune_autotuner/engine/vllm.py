@@ -28,6 +28,7 @@ from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
 PROBE_TIMEOUT_S = 300
+SHOWN_CHARACTERS = 300
 _PROBE = Path(__file__).with_name("vllm_probe.py")
 # Asks a Python for the vLLM it has, without importing it.
 _ASK_PACKAGES = """
@@ -135,7 +136,7 @@ class VllmEngine:
             )
             found: dict[str, str] = json.loads(done.stdout)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            why = getattr(error, "strerror", None) or type(error).__name__
+            why = getattr(error, "strerror", None) or "it answers no question"
             raise ConfigError(
                 f"engine.python: {self._python!r} does not run as a Python: {why}.\n"
                 "Name the Python of an environment that holds vLLM, such as /opt/vllm/bin/python."
@@ -186,7 +187,9 @@ class VllmEngine:
 
     def _refusal(self, engine: str, error: str) -> str:
         """What to tell of a configuration that the engine refused: the model's fault, or that of the arguments."""
-        failure = diagnose([f"ERROR {error}"]).failure
+        error = error if len(error) <= SHOWN_CHARACTERS else f"{error[:SHOWN_CHARACTERS]}…"
+        # As its log would end, for which there are rules.
+        failure = diagnose(["Traceback (most recent call last):", '  File "vllm", line 1', error], exit_code=1).failure
         if failure is not None and failure.kind in (Kind.MODEL_NOT_FOUND, Kind.ACCESS_DENIED):
             return f"model: {engine} cannot load {self._study.model!r}: {error}\n{failure.remedy}"
         return f"engine.args: {engine} refuses them: {error}"
@@ -207,6 +210,8 @@ class VllmEngine:
                 self._answer = json.loads(kept.read_text())
             else:
                 self._answer = self._ask(question)
+                if self._answer["config_error"]:
+                    return self._answer  # the model may be there, or the hub answer, the next time
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 scratch = kept.with_suffix(f".{os.getpid()}")
                 scratch.write_text(json.dumps(self._answer))

@@ -94,8 +94,9 @@ def _defaults(parser: argparse.ArgumentParser, argv: list[str], names: list[str]
         config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:  # noqa: BLE001  vLLM's checks raise errors of every kind
         text = str(error).splitlines()
-        cause = next((line.strip() for line in text if "Value error, " in line), text[0] if text else "")
-        return {}, cause.removeprefix("Value error, ") or type(error).__name__
+        first = f"{type(error).__name__}: {text[0] if text else ''}"
+        cause = next((line.strip() for line in text if "Value error, " in line), first)
+        return {}, cause.removeprefix("Value error, ")
     found: dict[str, Any] = {}
     for name in names:
         if name.startswith("env:"):

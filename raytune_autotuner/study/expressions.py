@@ -97,7 +97,7 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
         value = match.group(kind)
         if kind == "name" and value in _KEYWORDS:
             kind = "op" if value not in _LITERALS else "literal"
-        yield kind, value, match.start(kind)
+        yield kind, value, match.start(match.lastgroup)
         position = match.end()
     yield "end", "", len(text)
 

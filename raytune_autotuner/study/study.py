@@ -25,6 +25,7 @@ from raytune_autotuner.study.space import Params, SearchSpace, check_name, parse
 MAX_STUDY_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_INTEGER = 2**63
+MAX_KEY_CHARACTERS = 200
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_DURATION_CHARACTERS = 40
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
@@ -124,7 +125,7 @@ class Workload(_Model):
     """Requests at each load level in each round."""
     rounds: Positive = 1
     warmup_requests: Natural = 8
-    seed: Seed = 0
+    seed: Annotated[int, Field(strict=True)] = 0
 
     @field_validator("traffic")
     @classmethod
@@ -404,8 +405,9 @@ def _not_plain(value: Any, key: str) -> Iterator[tuple[str, str]]:
         for name, inner in value.items():
             if not isinstance(name, str):
                 yield key, f"the key {shown(name)} is not text; put it in quotes"
+            elif not name.isprintable() or len(name) > MAX_KEY_CHARACTERS:
+                yield key, f"{shown(name)} is no key: too long, or with characters that cannot be seen"
             else:
-                yield from _not_plain(name, f"{key}.{name}" if key else name)
                 yield from _not_plain(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, (list, tuple)):
         for index, inner in enumerate(value):

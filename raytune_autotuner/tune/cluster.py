@@ -6,6 +6,8 @@ import itertools
 import logging
 import math
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from raytune_autotuner.study.study import Study
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 """Trials exchange a few kilobytes; Ray's own default takes a third of the memory."""
+CONNECT_S = 10.0
 _ENVIRONMENT = {
     # A kill by Ray's memory monitor ends the whole study; without it the kernel ends one actor.
     "RAY_memory_monitor_refresh_ms": "0",
@@ -101,6 +104,9 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _check_address(address)
+    if address is None:
+        _check_path(sys.executable)
     import ray
 
     local: dict[str, Any] = {
@@ -130,6 +136,26 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
         yield Cluster(nodes, f"http://{url}" if url else None)
     finally:
         ray.shutdown()
+
+
+def _check_path(python: str) -> None:
+    """Raise `ConfigError` where Ray would wait for ever: it starts its workers by an unquoted shell line."""
+    if any(character.isspace() for character in python):
+        raise ConfigError(
+            f"{python}: Ray cannot start its workers with a Python whose path has a space in it.\n"
+            "Move the clone (or the virtual environment) to a path without one."
+        )
+
+
+def _check_address(address: str | None) -> None:
+    """Raise `ConfigError` where nothing listens at HOST:PORT; Ray itself would try again without end."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        return  # none, or a word that Ray itself understands, such as `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(_not_answering(address, getattr(error, "strerror", None) or str(error))) from error
 
 
 def _not_answering(address: str | None, why: str) -> str:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,14 +73,14 @@ def run_study(
     engine = make_engine(study)
     engine.preflight()
     sweep_orphans()
-    with running_cluster(address) as cluster:
+    with ExitStack() as until_all_is_ended, running_cluster(address) as cluster:
         slots = cluster.slots(study, engine)
         folder = ResultsFolder.create(results.absolute(), study)
         watcher = make_watcher(verbose)
         run = _Run(study, engine, cluster, slots, folder, watcher, trainable)
+        until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
-            with _stop_signals(run.interrupt):
-                run.search()
+            run.search()
             return run.finish()
         finally:
             watcher.close()

@@ -17,6 +17,8 @@ from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
+_PROGRAM = "python -m raytune_autotuner.engine.simulated"
+
 
 class SimulatedEngine:
     """The simulated server for one study; holds no GPU and needs no model."""
@@ -69,14 +71,14 @@ class SimulatedEngine:
     def parallel_size(self, params: Params) -> int:
         """Tensor x pipeline parallel size, of simulated devices."""
         setting = self._study.setting(params)
-        return int(setting.get("tensor-parallel-size", 1)) * int(setting.get("pipeline-parallel-size", 1))
+        return int(setting.get("tensor-parallel-size") or 1) * int(setting.get("pipeline-parallel-size") or 1)
 
     def versions(self) -> dict[str, str]:
         """It is part of this package."""
         return {"simulated": __version__}
 
     def _command(self, params: Params, port: int) -> list[str]:
-        program = [sys.executable, "-m", "raytune_autotuner.engine.simulated"]
+        program = [sys.executable, *_PROGRAM.split()[1:]]
         address = ["--host", "127.0.0.1", "--port", str(port), "--model", self._study.model]
         return program + address + arguments(self._study.setting(params))
 
@@ -85,7 +87,7 @@ def _check(where: str, name: str, values: list[Any]) -> None:
     """Raise `ConfigError` where the server would not take one of `values` for its flag `name`."""
     if name not in {*known_flags(), *_READERS}:
         nearest = nearest_flag(name)
-        hint = f"Did you mean {nearest!r}?" if nearest else f"It has {', '.join(known_flags())}."
+        hint = f"Did you mean {nearest!r}?" if nearest else f"See {_PROGRAM} --help"
         raise ConfigError(f"{where}: the simulated engine has no flag --{name}. {hint}")
     read = _READERS.get(name, lambda value: (Setting.from_params({name: value}), Hardware.from_params({name: value})))
     for value in values:

@@ -1,0 +1,152 @@
+"""A trial's end: SIGTERM first, late results kept, shut-down lines no failure, a lost monitor survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raytune_autotuner.engine.gpus import GpuMemory
+from raytune_autotuner.engine.processes import MARK_VARIABLE, free_shared_memory, make_mark, sweep
+from raytune_autotuner.engine.protocol import Cause
+from raytune_autotuner.engine.reading import VLLM_RULES
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.trial import State
+from raytune_autotuner.tune.reporter import TrialReporter
+from raytune_autotuner.tune.standing import Standing
+from tests.studies import command, marks, only_run, run_study, write_study
+from tests.test_study_run import wait_for
+
+LOGS = Path(__file__).parent / "engine_logs"
+
+
+@pytest.mark.slow
+def test_a_result_from_before_the_deadline_is_kept_though_the_engines_end_takes_longer(
+    tmp_path: Path, ray_address: str
+) -> None:
+    study = write_study(
+        tmp_path,
+        engine={"args": {"fault": "ignore-term@ready"}},
+        search={"trials": 1},
+        trial={"timeout_s": 8, "hung_after_s": 8},
+    )
+    done, folder = run_study(study, "--address", ray_address)
+    assert done.returncode == 0, done.stdout
+    (row,) = folder.read_rows()
+    assert row.state is State.MEASURED
+    assert (
+        row.result.seconds["total"] > 8
+    )  # It was asked with SIGTERM, and the deadline passed while it was waited for.
+    assert "exit code -9); 1 killed; no process left" in (folder.find_trial_dir(0) / "trial.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_engines_shut_down_is_no_failure(tmp_path: Path, ray_address: str) -> None:
+    study = write_study(tmp_path, search={"trials": 1})
+    done, folder = run_study(study, "--address", ray_address)
+    assert done.returncode == 0, done.stdout
+    (row,) = folder.read_rows()
+    assert (row.state, row.result.failure) == (State.MEASURED, None)
+    assert "Shutting down" in (folder.find_trial_dir(0) / "engine.log").read_text()
+    assert "engine ended (stopped, exit code 0); 0 killed" in (folder.find_trial_dir(0) / "trial.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cause", "state"), [(Cause.OWNER_ENDED, State.LOST), (Cause.STOPPED, State.LOST), (Cause.EXITED, State.FAILED)]
+)
+def test_what_an_engine_prints_while_it_is_ended_is_not_why_its_trial_ended(
+    tmp_path: Path, cause: Cause, state: State
+) -> None:
+    study = load_study(write_study(tmp_path))
+    folder = ResultsFolder.create(tmp_path / "results", study)
+    reporter = TrialReporter(study, folder, VLLM_RULES, standing_of=lambda trial_id: Standing(started_at=1.0))
+    reporter.suggested("abc", {}, {})
+    reporter.started("abc")
+    trial_dir = folder.trial_dir(0, "abc")
+    trial_dir.mkdir(parents=True)
+    log = "termload.log" if cause is not Cause.EXITED else "kvsmall.log"
+    (trial_dir / "engine.log").write_bytes((LOGS / log).read_bytes())
+    (trial_dir / "process.json").write_text(json.dumps({"cause": cause}))
+    assert reporter.ended("abc", None).state is state
+
+
+@pytest.mark.slow
+def test_a_study_survives_the_death_of_its_monitor(tmp_path: Path, ray_address: str) -> None:
+    study = write_study(
+        tmp_path,
+        engine={"args": {"fault": "zombie-print@initialization,slow-start@compilation:seconds=60"}},
+        search_space={"fault": {"choice": ["none"]}},
+        search={"trials": 2, "points": [{"fault": "none"}]},
+        trial={"timeout_s": 8, "hung_after_s": 8},
+        resources={"max_concurrent": 1},
+    )
+    before = monitors()
+    with subprocess.Popen(command(study, "--address", ray_address), stdout=subprocess.PIPE, text=True) as driver:
+        wait_for(lambda: list(study.parent.glob("results/*/trials/0-*/engine.log")))
+        (monitor,) = monitors() - before
+        os.kill(monitor, signal.SIGKILL)
+        said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    folder = only_run(study)
+    first, second = folder.read_rows()
+    assert first.result.failure is not None
+    assert (first.state, str(first.result.failure.kind)) == (State.FAILED, "deadline")
+    assert second.state is State.MEASURED
+    assert marks(folder.path.name) == {}
+
+
+def monitors() -> set[int]:
+    """The processes of all monitors on this machine."""
+    return {int(entry.parent.name) for entry in Path("/proc").glob("[0-9]*/cmdline") if is_monitor(entry)}
+
+
+def is_monitor(cmdline: Path) -> bool:
+    try:
+        return cmdline.read_bytes().startswith(b"ray::TrialMonitor")
+    except OSError:
+        return False
+
+
+SEGMENT = """
+import sys, time
+from multiprocessing import resource_tracker, shared_memory
+segment = shared_memory.SharedMemory(name=sys.argv[1] or None, create=not sys.argv[1], size=4096)
+resource_tracker.unregister(segment._name, "shared_memory")  # as when its keeper is killed too
+print(segment.name, flush=True)
+time.sleep(60)
+"""
+
+
+def user_of_shared_memory(name: str = "", mark: str = "") -> tuple[subprocess.Popen[str], Path]:
+    """A process that has a segment mapped (a new one without `name`), and the segment."""
+    env = {**os.environ, MARK_VARIABLE: mark}
+    process = subprocess.Popen([sys.executable, "-c", SEGMENT, name], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, Path("/dev/shm", process.stdout.readline().strip())
+
+
+def test_shared_memory_of_the_killed_is_given_back_but_not_while_another_uses_it() -> None:
+    mark = make_mark("test", "shared-memory")
+    owner, segment = user_of_shared_memory(mark=mark)
+    other, _ = user_of_shared_memory(segment.name)
+    with owner, other:
+        sweep(mark)
+        assert owner.wait() == -signal.SIGKILL
+        assert segment.exists()
+        other.kill()
+        other.wait()
+        assert free_shared_memory({segment}) == 4096
+        assert not segment.exists()
+
+
+def test_a_gpu_that_nvml_does_not_know_is_not_watched() -> None:
+    memory = GpuMemory(["no such GPU"])
+    memory.remember()
+    memory.await_return()
+    assert (memory.levels, memory.held) == ({}, ())
