@@ -67,10 +67,8 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides.append(f"search.trials={arguments.trials}")
     study = load_study(arguments.study, overrides)
     study = study.model_copy(update={"model": models.absolute(study.model)})
-    from raytune_autotuner.tune.checks import check_study
     from raytune_autotuner.tune.run import run_study
 
-    check_study(study, arguments.results)
     return run_study(study, arguments.results, address=arguments.address, verbose=arguments.verbose)
 
 

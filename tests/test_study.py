@@ -98,6 +98,12 @@ def test_a_point_may_hold_the_value_that_is_fixed_for_the_baseline() -> None:
     assert parse_study(raw).search.points == ({"max-num-seqs": 4},)
 
 
+@pytest.mark.parametrize("key", ["x[", "a]", "[", ".", "..", "search.[", "a.b]c", "[0]", "a[0"])
+def test_a_key_of_brackets_and_dots_is_refused_like_any_other(tmp_path: Path, key: str) -> None:
+    assert f"unknown key {key!r} in the study" in refusal(tmp_path, yaml.safe_dump({**MINIMAL, key: 1}))
+    assert refusal(tmp_path, yaml.safe_dump(MINIMAL), f"{key}=1")
+
+
 def test_all_wrong_keys_are_told_at_once_up_to_three(tmp_path: Path) -> None:
     raw = {**MINIMAL, "search": {"trials": "a", "seed": "b", "sampler": "c"}, "trial": {"retries": -1}}
     lines = refusal(tmp_path, yaml.safe_dump(raw)).splitlines()
@@ -148,11 +154,13 @@ def test_what_json_could_not_hold_is_refused_wherever_it_stands(tmp_path: Path, 
     assert f"{key}" in refusal(tmp_path, yaml.safe_dump(MINIMAL), f"{key}={listed}")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_are_a_study_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     assert refusal(tmp_path_factory.getbasetemp(), content)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abstudymel:{}[]-&*!?|>'\"%@,#\n 01", max_size=60))
 def test_text_that_looks_like_yaml_is_a_study_or_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, content: str
@@ -172,11 +180,13 @@ def assert_taken_or_refused(read: Callable[[], object]) -> None:
     assert all(len(line) < 500 for line in lines)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SECTIONS), TREES)
 def test_any_values_in_a_section_are_taken_or_refused_by_a_config_error(section: str, value: Any) -> None:
     assert_taken_or_refused(lambda: parse_study({**MINIMAL, section: value}))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40), TREES)
 def test_any_override_is_taken_or_refused_by_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any

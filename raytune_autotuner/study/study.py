@@ -430,7 +430,7 @@ def _place(source: str, key: str, places: Mapping[str, str]) -> str:
     while probe:
         if probe in places:
             return places[probe]
-        probe = re.sub(r"(\.[^.\[]*|\[\d+\]|^[^.\[]*)$", "", probe)
+        probe = probe[: max(probe.rfind("."), probe.rfind("["), 0)]
     return source
 
 

@@ -113,7 +113,7 @@ class Evaluation:
             timeout_s=self.study.trial.timeout_s,
             log_limit_mb=self.study.trial.log_limit_mb,
             locks=[f"gpu-{gpu}" for gpu in self.gpus],
-            on_progress=self._moved,
+            on_progress=self._engine_moved,
         )
 
     def _await_ready(self, server: EngineServer) -> None:
@@ -226,6 +226,12 @@ class Evaluation:
                 by_level[record.level].append(record)
         slo = self.study.objective.slo
         return combine({level: summarize(r, self._durations[level], slo) for level, r in by_level.items()})
+
+    def _engine_moved(self, stage: Stage, share: float) -> None:
+        """The engine's log moved. To it the first probe that was answered is load already; to a trial that is ready."""
+        if stage.order > Stage.READY.order:
+            stage, share = Stage.READY, 0.0
+        self._moved(stage, share)
 
     def _moved(self, stage: Stage, share: float, always: bool = True) -> None:
         with self._moving:  # the engine's log is read in another thread than the load is sent from

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import signal
@@ -28,7 +27,6 @@ from raytune_autotuner import __version__
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.processes import sweep_orphans
-from raytune_autotuner.load.workload import levels
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import ResultsFolder
@@ -36,11 +34,11 @@ from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.verdict import verdict
-from raytune_autotuner.score.metrics import METRICS, STATISTICS, is_metric
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.callback import StudyCallback
+from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.cluster import Cluster, running_cluster
 from raytune_autotuner.tune.monitor import start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
@@ -69,7 +67,7 @@ def run_study(
     `trainable` is what runs in each trial's actor. Raises `ConfigError` before anything is started where the study
     cannot run on this machine or cluster.
     """
-    check_objective(study)
+    check_study(study, results)
     engine = make_engine(study)
     engine.preflight()
     sweep_orphans()
@@ -240,27 +238,9 @@ class _Run:
         self.status = replace(self.status, updated_at=time.time(), live=tuple(live.values()))
 
 
-def check_objective(study: Study) -> None:
-    """Raise `ConfigError` where objective or SLOs name a metric that no trial will have."""
-    objective = study.objective
-    _check_metric(f"objective.{objective.direction}", objective.metric, study)
-    for metric, limits in objective.slo.items():
-        for statistic in limits:
-            where = f"objective.slo.{metric}.{statistic}"
-            _check_metric(where, f"{metric}_{statistic}", study)
-
-
-def _check_metric(where: str, name: str, study: Study) -> None:
-    if is_metric(name, [level.label for level in levels(study.workload)]):
-        return
-    close = difflib.get_close_matches(name, METRICS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else f" Latencies have {', '.join(STATISTICS)}; see docs/metrics.md."
-    raise ConfigError(f"{where}: there is no metric {name!r}.{hint}")
-
-
 def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
     """What a result rests on: packages, machine, cluster."""
-    packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas", "aiohttp")}
+    packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas")}
     machine = {
         "system": platform.platform(),
         "processor": _processor(),

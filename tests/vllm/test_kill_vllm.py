@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -40,10 +41,10 @@ class Running:
         return next(self.folder.trials_dir.glob("0-*"))
 
     def engine(self, parts: int = 3) -> list[Process]:
-        """The processes of its vLLM, the API server first, once it has `parts`: that one, EngineCore and Worker."""
+        """The processes of its vLLM, once it has `parts` of them: API server, EngineCore and Worker."""
         if not ResultsFolder.runs(self.study.parent / "results"):
             return []
-        found = [process for pid in sorted(marks(self.folder.path.name)) if (process := Process.of(pid)) is not None]
+        found = [process for pid in marks(self.folder.path.name) if (process := Process.of(pid)) is not None]
         named = [process for process in found if b"vllm" in _command(process).lower()]
         return found if len(named) >= parts else []
 
@@ -122,9 +123,9 @@ def test_its_driver_is_killed(tmp_path: Path) -> None:
 
 def test_its_api_server_is_killed(tmp_path: Path, ray_address: str) -> None:
     with running(tmp_path, ray_address) as vllm:
-        api_server, *others = wait_for(vllm.engine, START_S)
-        api_server.kill()
-        vllm.await_nothing_left([api_server, *others])
+        parts = wait_for(vllm.engine, START_S)
+        os.kill(json.loads((vllm.trial / "process.json").read_text())["engine"], signal.SIGKILL)
+        vllm.await_nothing_left(parts)
         vllm.driver.communicate(timeout=60)
     (row,) = vllm.folder.read_rows()
     assert row.state is State.FAILED
