@@ -195,7 +195,9 @@ def test_what_supervisor_and_owner_leave_when_both_are_killed_is_found_as_orphan
         owner.kill()
     os.kill(supervisor, signal.SIGKILL)
     wait_until(lambda: "root" not in process_tree.survivors(folder))  # By its parent-death signal.
-    assert len(marked(mark)) == len(process_tree.ROLES) - 1
+    # The chatty one may end by itself: nobody reads what it prints any more.
+    assert set(process_tree.ROLES) - set(process_tree.survivors(folder)) <= {"root", "chatty"}
+    assert marked(mark)
     assert mark in {swept for _, swept in sweep_orphans()}
     assert_gone(folder, within_s=0)
 
