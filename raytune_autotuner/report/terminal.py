@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -23,7 +23,7 @@ from raytune_autotuner.report.status import LiveTrial, format_duration, time_lef
 from raytune_autotuner.report.summary import failure_lines
 from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far, changes, format_number
-from raytune_autotuner.study.space import format_value
+from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
@@ -44,6 +44,8 @@ class StudyInfo:
     """How to log in to the dashboard; never the token itself."""
     notes: tuple[str, ...] = ()
     """Further lines: engine and its version, machine, warnings."""
+    defaults: Params = field(default_factory=dict)
+    """The engine's own values for parameters of the space, as far as it tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ def print_ending(console: Console, info: StudyInfo, ending: Ending) -> None:
     """The answer: verdict, changes, launch lines, failures with remedies, where everything is, what to do next."""
     sections = [
         _how_it_ended(ending),
-        _changed(info.study, ending.verdict),
+        _changed(info, ending.verdict),
         _failures(ending.rows),
         [("next", "bold"), *((line, "") for line in _next_steps(info))],
     ]
@@ -251,17 +253,22 @@ def _how_it_ended(ending: Ending) -> list[tuple[str, str]]:
     return [*lines, (ending.verdict.sentence, "bold green" if good else "bold yellow")]
 
 
-def _changed(study: Study, verdict: Verdict) -> list[tuple[str, str]]:
+def _changed(info: StudyInfo, verdict: Verdict) -> list[tuple[str, str]]:
     if verdict.winner is None or verdict.keeps_defaults:
         return []
-    changed = changes(verdict.winner.params, study.fixed)
+    changed = changes(verdict.winner.params, {**info.defaults, **info.study.fixed})
     width = max(map(len, changed), default=0)
     head = f"changed against the baseline (trial {verdict.winner.number})"
-    return [(head, "bold"), *((f"  {_change(study, name, value, width)}", "") for name, value in changed.items())]
+    return [(head, "bold"), *((f"  {_change(info, name, value, width)}", "") for name, value in changed.items())]
 
 
-def _change(study: Study, name: str, value: object, width: int) -> str:
-    was = f"was {format_value(study.fixed[name])}" if name in study.fixed else "was the engine's default"
+def _change(info: StudyInfo, name: str, value: object, width: int) -> str:
+    if name in info.study.fixed:
+        was = f"was {format_value(info.study.fixed[name])}"
+    elif name in info.defaults:
+        was = f"was {format_value(info.defaults[name])}, the engine's default"
+    else:
+        was = "was the engine's default"
     return f"{name:<{width}}  {format_value(value)}  ({was})"
 
 

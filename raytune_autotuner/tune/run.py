@@ -122,7 +122,9 @@ class _Run:
         engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
         notes = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
         url, login = self.cluster.dashboard_url, self.cluster.login_hint
-        self.watcher.started(StudyInfo(self.study, self.folder.path, self.slots, url, login, notes))
+        self.watcher.started(
+            StudyInfo(self.study, self.folder.path, self.slots, url, login, notes, self.engine.defaults())
+        )
         for note in notes:
             self.log.write_study(note)
         searcher = StudySearch(
@@ -147,7 +149,8 @@ class _Run:
         """Write the verdict down and say it; returns the exit code."""
         rows = self.reporter.rows
         self.folder.write_rows(rows)
-        answer = verdict(rows, self.study.objective.direction, self.study.objective.metric, self.study.fixed)
+        baseline = {**self.engine.defaults(), **self.study.fixed}
+        answer = verdict(rows, self.study.objective.direction, self.study.objective.metric, baseline)
         lines = None
         if answer.winner is not None:
             lines = self.engine.launch_lines(answer.winner.params)
