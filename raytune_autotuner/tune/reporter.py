@@ -56,7 +56,11 @@ class TrialReporter:
     @property
     def rows(self) -> list[TrialRow]:
         """All trials by number."""
-        return sorted(self._rows.values(), key=lambda row: row.number)
+        return list(self._rows.values())  # they are numbered in the order in which they are put in
+
+    def row(self, trial_id: str) -> TrialRow:
+        """The trial as it stands now."""
+        return self._rows[trial_id]
 
     @property
     def live(self) -> list[TrialRow]:

@@ -149,8 +149,8 @@ class _Run:
         """Write the verdict down and say it; returns the exit code."""
         rows = self.reporter.rows
         self.folder.write_rows(rows)
-        baseline = {**self.engine.defaults(), **self.study.fixed}
-        answer = verdict(rows, self.study.objective.direction, self.study.objective.metric, baseline)
+        objective = self.study.objective
+        answer = verdict(rows, objective.direction, objective.metric, self.engine.defaults())
         lines = None
         if answer.winner is not None:
             lines = self.engine.launch_lines(answer.winner.params)
@@ -209,9 +209,8 @@ class _Run:
         return standing if standing.started_at else self.standings.get(trial_id, standing)
 
     def _on_round(self, trial_id: str, result: dict[str, Any]) -> None:
-        row = next(row for row in self.reporter.rows if row.trial_id == trial_id)
         metrics = {name: value for name, value in result.items() if name.partition("@")[0] in METRICS}
-        self.board.round(row, int(result["training_iteration"]), metrics)
+        self.board.round(self.reporter.row(trial_id), int(result["training_iteration"]), metrics)
 
     def _refresh(self) -> None:
         """Bring table and status up to date with what the trials said last."""
