@@ -24,6 +24,7 @@ BASE: dict[str, Any] = {
     "objective": {"maximize": "output_throughput_tok_s"},
     "search": {"trials": 4, "seed": 1},
     "trial": {"timeout_s": 30, "hung_after_s": 20},
+    "verify": {"top": 0},
     "resources": {"gpus": 0, "cpus": 2},
 }
 

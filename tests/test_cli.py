@@ -94,7 +94,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no duration": ({"trial": {"timeout_s": "soon"}}, "trial.timeout_s: a duration is a number of seconds or text"),
     "unknown choice": ({"penalty": {"grade": "none"}}, "penalty.grade: should be 'progress', 'elapsed'"),
     "missing key": ({"model": None}, "model: should be a valid string, but got None"),
-    "two objectives": ({"objective": {"minimize": "ttft_ms_p90"}}, "exactly one of maximize and minimize is needed"),
+    "no objective": ({"objective": {"maximize": None}}, "maximize or minimize is needed"),
+    "one objective twice": (
+        {"objective": {"maximize": ["goodput_rps", "goodput_rps"]}},
+        "the same metric stands there twice",
+    ),
+    "two kinds of traffic": (
+        {"workload": {"dataset": "a.jsonl", "traffic": "D(32,9)"}},
+        "traffic and dataset exclude each other",
+    ),
+    "a trace with a load level": ({"workload": {"trace": "a.jsonl", "traffic": "D(128,32)"}}, "own arrival times"),
     "two loops": ({"workload": {"request_rate_rps": 3}}, "exactly one of concurrency and request_rate_rps is needed"),
     "low above high": ({"search_space": {"max-num-seqs": {"int": [9, 3]}}}, "`low <= high` must hold, but got (low=9"),
     "no distribution": ({"search_space": {"max-num-seqs": 5}}, "search_space.max-num-seqs: 5 is not a distribution"),

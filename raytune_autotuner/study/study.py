@@ -50,6 +50,8 @@ def _parse_duration(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
     return value if isinstance(value, (list, tuple)) else [value]
 
 
@@ -60,6 +62,8 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Natural = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=4_000_000_000, strict=True)]
 PositiveNumber = Annotated[float, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Direction = Literal["maximize", "minimize"]
 
 
 class _Model(BaseModel):
@@ -112,11 +116,27 @@ class EngineSpec(_Model):
         return value
 
 
+class PrefixSpec(_Model):
+    """Beginnings that prompts share, as system prompts and few-shot examples do."""
+
+    tokens: Positive
+    """Length of each, put before the prompt's own tokens."""
+    groups: Positive = 1
+    """How many different ones there are; requests take them in turn at random."""
+
+
 class Workload(_Model):
     """The load that every trial is measured under."""
 
     traffic: str = "D(128,32)"
     """`D(in,out)` fixed, `N(mean,sd)/(mean,sd)` normal, `U(min,max)/(min,max)` uniform token counts."""
+    dataset: Path | None = None
+    """JSON lines of prompts and output lengths, in place of `traffic`."""
+    trace: Path | None = None
+    """JSON lines of arrival times and token counts, in place of `traffic` and of a load level."""
+    prefix: PrefixSpec | None = None
+    client: Literal["builtin", "vllm-bench"] = "builtin"
+    """Who sends the load: the autotuner's own client, or vLLM's `bench serve`."""
     concurrency: Annotated[tuple[Positive, ...], BeforeValidator(_as_list)] = ()
     """Closed loop: load levels as numbers of requests in flight."""
     request_rate_rps: Annotated[tuple[PositiveNumber, ...], BeforeValidator(_as_list)] = ()
@@ -134,9 +154,29 @@ class Workload(_Model):
             raise ValueError("traffic is D(in,out), N(mean,sd)/(mean,sd) or U(min,max)/(min,max) in tokens")
         return value.strip()
 
+    @field_validator("dataset", "trace")
+    @classmethod
+    def _in_full(cls, value: Path | None) -> Path | None:
+        # Trials run in folders of their own.
+        return value.expanduser().absolute() if value is not None else None
+
+    @model_validator(mode="after")
+    def _one_traffic(self) -> Workload:
+        given = [name for name in ("traffic", "dataset", "trace") if name in self.model_fields_set]
+        given = [name for name in given if getattr(self, name) is not None]
+        if self.dataset is not None or self.trace is not None:
+            # As written by a run: the default stands beside what takes its place.
+            given = [name for name in given if name != "traffic" or self.traffic != Workload.model_fields[name].default]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; leave one out")
+        return self
+
     @model_validator(mode="after")
     def _one_loop(self) -> Workload:
-        if bool(self.concurrency) == bool(self.request_rate_rps):
+        if self.trace is not None:
+            if self.concurrency or self.request_rate_rps:
+                raise ValueError("a trace has its own arrival times; leave concurrency and request_rate_rps out")
+        elif bool(self.concurrency) == bool(self.request_rate_rps):
             raise ValueError("exactly one of concurrency and request_rate_rps is needed")
         return self
 
@@ -144,28 +184,37 @@ class Workload(_Model):
 class ObjectiveSpec(_Model):
     """What is optimised, and the promises (SLOs) that a setting must keep."""
 
-    maximize: str | None = None
-    minimize: str | None = None
+    maximize: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Metrics to make large; several objectives give a Pareto front."""
+    minimize: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     slo: dict[str, dict[str, PositiveNumber]] = {}
     """Metric to statistic to upper limit: `{ttft_ms: {p99: 500}}`."""
+    attainment: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    """Of `max_load_under_slo`: the share of a level's requests that must meet every limit; None: the statistics do."""
 
     @model_validator(mode="after")
-    def _one_metric(self) -> ObjectiveSpec:
-        if (self.maximize is None) == (self.minimize is None):
-            raise ValueError(
-                "exactly one of maximize and minimize is needed, such as {maximize: output_throughput_tok_s}"
-            )
+    def _some_metric(self) -> ObjectiveSpec:
+        names = [*self.maximize, *self.minimize]
+        if not names:
+            raise ValueError("maximize or minimize is needed, such as {maximize: output_throughput_tok_s}")
+        if len(set(names)) < len(names):
+            raise ValueError("the same metric stands there twice; leave one out")
         return self
 
     @property
-    def metric(self) -> str:
-        """The metric's name."""
-        return self.maximize or self.minimize or ""
+    def targets(self) -> tuple[tuple[str, Direction], ...]:
+        """Every objective's metric and the way that is better, those to maximise first."""
+        return (*((name, "maximize") for name in self.maximize), *((name, "minimize") for name in self.minimize))
 
     @property
-    def direction(self) -> Literal["maximize", "minimize"]:
-        """Which way is better."""
-        return "maximize" if self.maximize is not None else "minimize"
+    def metric(self) -> str:
+        """The first objective's metric."""
+        return self.targets[0][0]
+
+    @property
+    def direction(self) -> Direction:
+        """Which way of the first objective is better."""
+        return self.targets[0][1]
 
 
 class SearchSpec(_Model):
@@ -202,6 +251,24 @@ class PenaltySpec(_Model):
     grade: Literal["progress", "elapsed", "infinite", "ignore"] = "progress"
 
 
+class QualitySpec(_Model):
+    """How much worse than the baseline's a setting's answers may be, for spaces that hold what changes them."""
+
+    max_perplexity_rise: Share = 0.02
+    """Largest rise of the perplexity of a fixed text, as a share of the baseline's."""
+    max_answer_change: Share = 0.5
+    """Largest share of greedy answers' text that differs from the baseline's."""
+
+
+class VerifySpec(_Model):
+    """How the best settings are measured again before one is recommended."""
+
+    top: Natural = 2
+    """How many finalists; 0: none, the verdict rests on one measurement a setting."""
+    restarts: Annotated[int, Field(ge=2, le=1000, strict=True)] = 5
+    """Fresh engine starts of each finalist and of the baseline, interleaved."""
+
+
 class ResourceSpec(_Model):
     """What one trial holds."""
 
@@ -210,6 +277,8 @@ class ResourceSpec(_Model):
     cpus: PositiveNumber = 1.0
     max_concurrent: Positive | None = None
     """Trials at once; None: as many as fit."""
+    price_per_hour: PositiveNumber | None = None
+    """Of one GPU, or of the machine where a trial holds none; in any currency."""
 
 
 class Study(_Model):
@@ -226,6 +295,8 @@ class Study(_Model):
     search: SearchSpec = SearchSpec()
     trial: TrialSpec = TrialSpec()
     penalty: PenaltySpec = PenaltySpec()
+    quality: QualitySpec | None = None
+    verify: VerifySpec = VerifySpec()
     resources: ResourceSpec = ResourceSpec()
 
     @model_validator(mode="after")

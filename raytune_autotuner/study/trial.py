@@ -47,6 +47,8 @@ class TrialResult:
     failure: Failure | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Phase (`start`, `warmup`, `load`, `stop`, `total`) to seconds."""
+    answers: tuple[str, ...] = ()
+    """The baseline's greedy answers, which those of other settings are held against; empty without `quality`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -54,6 +56,7 @@ class TrialResult:
             "metrics": dict(self.metrics),
             "failure": None if self.failure is None else self.failure.to_dict(),
             "seconds": dict(self.seconds),
+            **({"answers": list(self.answers)} if self.answers else {}),
         }
 
     @classmethod
@@ -64,6 +67,7 @@ class TrialResult:
             metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
             failure=None if failure is None else Failure.from_dict(failure),
             seconds={str(k): float(v) for k, v in values.get("seconds", {}).items()},
+            answers=tuple(str(answer) for answer in values.get("answers", ())),
         )
 
 
@@ -79,7 +83,7 @@ class TrialRow:
     state: State = State.PENDING
     result: TrialResult = field(default_factory=TrialResult)
     score: float | None = None
-    """The objective's value, in the metric's own unit; None where there is none."""
+    """The (first) objective's value, in the metric's own unit; None where there is none."""
     violation: float | None = None
     """The constraint told to the sampler: at most 0 feasible, (0, 1) an SLO missed, (1, 2] failed."""
     penalty: float | None = None
@@ -88,6 +92,12 @@ class TrialRow:
     """`score` over the baseline's score."""
     retry_of: int | None = None
     """Number of the lost trial that this one runs again."""
+    verifies: int | None = None
+    """Number of the trial whose setting this one measures again, for the verdict; it is no part of the search."""
+    restart: int | None = None
+    """Of a verification: which of the interleaved restarts, from 0. Restarts of one number share their seeds."""
+    scores: tuple[float, ...] = ()
+    """The value of every objective, the first one's included; empty where there is no score."""
 
     @property
     def feasible(self) -> bool:
@@ -97,9 +107,11 @@ class TrialRow:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        return {**values, "params": dict(self.params), "state": str(self.state), "result": self.result.to_dict()}
+        plain = {"params": dict(self.params), "state": str(self.state), "scores": list(self.scores)}
+        return {**values, **plain, "result": self.result.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialRow:
         """The reverse of `to_dict`."""
-        return cls(**{**values, "state": State(values["state"]), "result": TrialResult.from_dict(values["result"])})
+        given = {"state": State(values["state"]), "result": TrialResult.from_dict(values["result"])}
+        return cls(**{**values, **given, "scores": tuple(values.get("scores", ()))})
