@@ -69,7 +69,8 @@ def _run(arguments: argparse.Namespace) -> int:
     study = study.model_copy(update={"model": models.absolute(study.model)})
     from raytune_autotuner.tune.run import run_study
 
-    return run_study(study, arguments.results, address=arguments.address, verbose=arguments.verbose)
+    options = {"address": arguments.address, "resume": arguments.resume, "verbose": arguments.verbose}
+    return run_study(study, arguments.results, **options)
 
 
 def _logs(arguments: argparse.Namespace) -> int:
@@ -183,6 +184,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--trials", type=int, metavar="N", help="same as --set search.trials=N")
     run.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key of the study")
     run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")
+    run.add_argument("--resume", action="store_true", help="go on with the study's newest unfinished run")
     run.add_argument("-v", "--verbose", action="store_true")
 
 

@@ -52,7 +52,7 @@ class ResultsFolder:
         """A new folder under `parent`, with the study as it is run; raises `ConfigError` where it cannot be made."""
         folder = cls(_make_unique(parent, f"{study.study}-{datetime.now():%Y%m%d-%H%M%S}"))
         folder.trials_dir.mkdir()
-        write_text(folder.study_file, _study_yaml(study))
+        folder.write_study(study)
         return folder
 
     @classmethod
@@ -143,6 +143,10 @@ class ResultsFolder:
         known = sorted(int(entry.name.split("-")[0]) for entry in self.trials_dir.glob("[0-9]*-*"))
         have = f"It has trials {known[0]} to {known[-1]}." if known else "No trial has started yet."
         raise ConfigError(f"{self.path}: there is no trial {number}. {have}")
+
+    def write_study(self, study: Study) -> None:
+        """Replace `study.yaml`."""
+        write_text(self.study_file, study_yaml(study))
 
     def load_study(self) -> Study:
         """The study as it was run; secrets in it are masked."""
@@ -264,7 +268,8 @@ def _make_unique(parent: Path, name: str) -> Path:
     raise ConfigError(f"--results {parent}: a thousand runs named {name} are there already.")
 
 
-def _study_yaml(study: Study) -> str:
+def study_yaml(study: Study) -> str:
+    """The text of `study.yaml`: defaults filled in, secrets masked."""
     text = yaml.dump(mask_values(_plain(study)), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=1000)
     return f"# The study as it was run, defaults filled in.\n{text}"
 

@@ -117,7 +117,7 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
     }
     try:
         context = ray.init(
-            address=address,
+            address=address or "local",  # left out, Ray joins whatever `ray start` has left on this machine
             logging_level=logging.CRITICAL,
             log_to_driver=False,
             **(local if address is None else {}),

@@ -53,10 +53,10 @@ class TrialMonitor:
                     self._end(trial_id, Kind.HUNG)
             await asyncio.sleep(TICK_S)
 
-    async def register(self, trial_id: str, actor: Any) -> bool:
+    async def register(self, trial_id: str, actor: Any, node_id: str) -> bool:
         """A trial's clock starts; False where the study is ending and it must not begin."""
         now = time.time()
-        self._standing[trial_id] = Standing(started_at=now, moved_at=now)
+        self._standing[trial_id] = Standing(started_at=now, moved_at=now, node_id=node_id)
         if self._closed:
             return False
         self._actors[trial_id] = actor

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.engine.logfile import read_log
 from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.engine.server import LOG_NAME, read_end
-from raytune_autotuner.report.results import ResultsFolder, read_result
+from raytune_autotuner.report.results import ResultsFolder, read_result, write_json
 from raytune_autotuner.score.objective import assess
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
+from raytune_autotuner.tune.resume import SUGGESTION
 from raytune_autotuner.tune.standing import Standing
 
 SCORE = "score"
@@ -40,12 +42,14 @@ class TrialReporter:
         rules: LogRules,
         *,
         standing_of: Callable[[str], Standing],
+        bring_files: Callable[[Path, str], None] = lambda trial_dir, node_id: None,
         on_change: Callable[[TrialRow], None] = lambda row: None,
     ) -> None:
         self._study = study
         self._folder = folder
         self._rules = rules
         self._standing_of = standing_of
+        self._bring_files = bring_files
         self._on_change = on_change
         self._rows: dict[str, TrialRow] = {}
         self._keys: dict[str, str] = {}
@@ -70,7 +74,12 @@ class TrialReporter:
     @property
     def counted(self) -> int:
         """Trials that use up the budget: measured or graded."""
-        return sum(row.state.teaches for row in self._rows.values())
+        return sum(row.state.teaches for row in self.searched)
+
+    @property
+    def searched(self) -> list[TrialRow]:
+        """The trials of the search: all but those that measure a setting again for the verdict."""
+        return [row for row in self._rows.values() if row.verifies is None]
 
     @property
     def complete(self) -> bool:
@@ -85,7 +94,21 @@ class TrialReporter:
     @property
     def baseline(self) -> TrialRow | None:
         """The measured baseline, once there is one."""
-        return next((row for row in self.rows if row.name and row.state is State.MEASURED), None)
+        return next((row for row in self.searched if row.name and row.state is State.MEASURED), None)
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether a trial failed in a way that no setting can mend."""
+        failures = [row.result.failure for row in self._rows.values() if row.state is State.FAILED]
+        return any(failure is not None and failure.blame is Blame.STUDY for failure in failures)
+
+    @property
+    def reference(self) -> dict[str, Any] | None:
+        """What the baseline answered, for `quality`; None where nothing is to be held against it."""
+        baseline = self.baseline
+        if self._study.quality is None or baseline is None:
+            return None
+        return {"perplexity": baseline.result.metrics["perplexity"], "answers": list(baseline.result.answers)}
 
     def end_search(self, reason: str) -> None:
         """No new trials from now on; `reason` is for people."""
@@ -94,20 +117,34 @@ class TrialReporter:
     def known(self, filled: Params) -> TrialRow | None:
         """The trial that measures, has measured or graded the same setting, defaults filled in."""
         key = _key(filled)
-        rows = [row for i, row in self._rows.items() if self._keys[i] == key]
+        rows = [row for row in self.searched if self._keys[row.trial_id] == key]
         return next((row for row in rows if row.state.teaches or not row.state.finished), None)
 
-    def suggested(
-        self, trial_id: str, params: Params, filled: Params, name: str = "", retry_of: int | None = None
-    ) -> int:
-        """A new trial, waiting for its resources; returns its number.
+    def suggested(self, trial_id: str, params: Params, filled: Params, **more: Any) -> TrialRow:
+        """A new trial, waiting for its resources; `more` are further fields of its row.
 
         Numbers are without gaps, so they are not Optuna's: it also counts suggestions that were never started.
         """
-        number = len(self._rows)
+        row = TrialRow(len(self._rows), trial_id, params=dict(params), **{"name": "", **more})
         self._keys[trial_id] = _key(filled)
-        self._put(trial_id, TrialRow(number, trial_id, name, dict(params), retry_of=retry_of))
-        return number
+        trial_dir = self._folder.trial_dir(row.number, trial_id)
+        trial_dir.mkdir(parents=True, exist_ok=True)
+        write_json(trial_dir / SUGGESTION, row.to_dict())
+        self._put(trial_id, row)
+        return row
+
+    def restore(self, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
+        """Take over the trials of an interrupted run; returns those whose settings are to be run again."""
+        for row in rows:
+            self._keys[row.trial_id] = _key({**defaults, **row.params})
+            self._rows[row.trial_id] = row
+            if not row.state.finished:
+                left = row.result.metrics or row.result.failure
+                judged = self._judged(row, row.result, Standing()) if left else replace(row, state=State.INTERRUPTED)
+                self._rows[row.trial_id] = judged
+        self._folder.write_rows(self.rows)
+        again = {row.retry_of for row in self.rows}
+        return [row for row in self.searched if row.state is State.INTERRUPTED and row.number not in again]
 
     def started(self, trial_id: str) -> None:
         """The trial's actor is being started."""
@@ -122,6 +159,7 @@ class TrialReporter:
         if row.state.finished:
             return row
         standing = self._standing_of(trial_id)
+        self._bring_files(self._folder.trial_dir(row.number, trial_id), standing.node_id)
         result = self._result(row, report, standing)
         row = self._judged(row, result, standing)
         self._put(trial_id, row)
@@ -133,7 +171,8 @@ class TrialReporter:
     def to_retry(self, row: TrialRow) -> bool:
         """Whether a lost trial's setting is to be queued again."""
         key = self._keys[row.trial_id]
-        return row.state is State.LOST and not self.interrupted and self._lost(key) <= self._study.trial.retries
+        lost = row.state is State.LOST and row.verifies is None and not self.interrupted
+        return lost and self._lost(key) <= self._study.trial.retries
 
     def _lost(self, key: str) -> int:
         return sum(row.state is State.LOST and self._keys[i] == key for i, row in self._rows.items())
@@ -197,6 +236,7 @@ class TrialReporter:
             state=State.MEASURED if judged.score is not None else State.FAILED,
             result=replace(result, failure=judged.failure),
             score=judged.score,
+            scores=judged.scores,
             violation=judged.violation,
             penalty=judged.penalty,
         )

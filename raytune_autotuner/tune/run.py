@@ -40,8 +40,10 @@ from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.callback import StudyCallback
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.cluster import Cluster, running_cluster
+from raytune_autotuner.tune.files import bring_files
 from raytune_autotuner.tune.monitor import start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
+from raytune_autotuner.tune.resume import check_versions, elapsed_before_s, kept_rows, unfinished_run
 from raytune_autotuner.tune.samplers import make_sampler
 from raytune_autotuner.tune.searcher import StudySearch
 from raytune_autotuner.tune.standing import Standing
@@ -59,23 +61,27 @@ def run_study(
     results: Path,
     *,
     address: str | None = None,
+    resume: bool = False,
     verbose: bool = False,
     trainable: type[EngineTrial] = EngineTrial,
 ) -> int:
     """Run `study` and leave its folder under `results`; returns the exit code.
 
-    `trainable` is what runs in each trial's actor. Raises `ConfigError` before anything is started where the study
-    cannot run on this machine or cluster.
+    `resume` goes on with the newest unfinished run of the study there. `trainable` is what runs in each trial's actor.
+    Raises `ConfigError` before anything is started where the study cannot run on this machine or cluster.
     """
     check_study(study, results)
     engine = make_engine(study)
+    before = unfinished_run(study, results.absolute()) if resume else None
+    if before is not None:
+        check_versions(before, engine.versions())
     engine.preflight()
     sweep_orphans()
     with ExitStack() as until_all_is_ended, running_cluster(address) as cluster:
         slots = cluster.slots(study, engine)
-        folder = ResultsFolder.create(results.absolute(), study)
+        folder = before or ResultsFolder.create(results.absolute(), study)
         watcher = make_watcher(verbose)
-        run = _Run(study, engine, cluster, slots, folder, watcher, trainable)
+        run = _Run(study, engine, cluster, slots, folder, watcher, trainable, resumed=before is not None)
         until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
             run.search()
@@ -96,6 +102,7 @@ class _Run:
     folder: ResultsFolder
     watcher: Watcher
     trainable: type[EngineTrial]
+    resumed: bool = False
     begun: float = field(default_factory=time.time)
     standings: dict[str, Standing] = field(default_factory=dict)
 
@@ -110,17 +117,30 @@ class _Run:
             self.folder,
             self.engine.rules,
             standing_of=self._standing_of,
+            bring_files=bring_files,
             on_change=self._changed,
         )
+        self.again = self._take_over() if self.resumed else []
         self.status = StudyStatus.begin(self.slots)
         write_status(self.folder, self.status)
         self.folder.write_versions(versions(self.engine, self.cluster))
 
+    def _take_over(self) -> list[TrialRow]:
+        """What the interrupted run has measured already is kept; returns the trials to run once more."""
+        self.begun -= elapsed_before_s(self.folder)
+        self.folder.write_study(self.study)
+        return self.reporter.restore(kept_rows(self.folder), self.engine.defaults())
+
     def search(self) -> None:
         """Run trials until the searcher has enough of them."""
-        sampler, reason = make_sampler(self.study, self.slots)
+        storage = JournalStorage(JournalFileBackend(str(self.folder.optuna_log)))
+        drawn = sum(s.n_trials for s in optuna.get_all_study_summaries(storage))
+        sampler, reason = make_sampler(self.study, self.slots, drawn)
         engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
-        notes = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
+        notes: tuple[str, ...] = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
+        if self.resumed:
+            kept = sum(row.state.teaches for row in self.reporter.rows)
+            notes += (f"resumed: {kept} trials kept, {len(self.again)} interrupted ones run again",)
         url, login = self.cluster.dashboard_url, self.cluster.login_hint
         self.watcher.started(
             StudyInfo(self.study, self.folder.path, self.slots, url, login, notes, self.engine.defaults())
@@ -131,13 +151,16 @@ class _Run:
             self.study,
             self.reporter,
             sampler=sampler,
-            storage=JournalStorage(JournalFileBackend(str(self.folder.optuna_log))),
+            storage=storage,
             teller=Teller(self.study),
             defaults=self.engine.defaults(),
             slots=self.slots,
             trial_resources=lambda params: self.cluster.trial_resources(self.study, self.engine, params),
             may_start=self._may_start,
+            may_verify=self._may_verify,
         )
+        if self.resumed:
+            searcher.take_over(self.again)
         self._tuner(searcher).fit()
 
     def interrupt(self) -> None:
@@ -196,9 +219,26 @@ class _Run:
 
     def _may_start(self) -> bool:
         budget = self.study.search.time_budget
-        if budget is not None and time.time() - self.begun >= budget:
+        if budget is not None and self._elapsed_s >= budget - self._verification_s(budget):
             self.reporter.end_search(f"the time budget of {budget:g} s is used up")
         return not self.reporter.complete
+
+    def _may_verify(self) -> bool:
+        budget = self.study.search.time_budget
+        in_time = budget is None or self._elapsed_s < budget
+        return in_time and self.study.verify.top > 0 and not self.reporter.interrupted and not self.reporter.at_fault
+
+    def _verification_s(self, budget: float) -> float:
+        """Seconds to keep back for measuring the finalists again; at most half of the budget."""
+        ended = [row.result.seconds["total"] for row in self.reporter.searched if row.state is State.MEASURED]
+        if not ended or not self.study.verify.top:
+            return 0.0
+        starts = (self.study.verify.top + 1) * self.study.verify.restarts / self.slots
+        return min(starts * sum(ended) / len(ended), budget / 2)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return time.time() - self.begun
 
     def _standing_of(self, trial_id: str) -> Standing:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,10 +22,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import BASELINE, TrialRow
+from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.samplers import unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
+from raytune_autotuner.tune.verification import finalists, next_restart
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class StudySearch(OptunaSearch):
         slots: int,
         trial_resources: Callable[[Params], Mapping[str, float]],
         may_start: Callable[[], bool],
+        may_verify: Callable[[], bool],
     ) -> None:
         self._study = study
         self._reporter = reporter
@@ -56,6 +58,7 @@ class StudySearch(OptunaSearch):
         self._slots = slots
         self._trial_resources = trial_resources
         self._may_start = may_start
+        self._may_verify = may_verify
         self._refused_in_a_row = 0
         super().__init__(
             space=lambda trial: None,
@@ -65,7 +68,8 @@ class StudySearch(OptunaSearch):
             storage=storage,
             study_name=study.study,
         )
-        self._enqueue_first_points()
+        if not self.ot_study.get_trials(deepcopy=False):
+            self._enqueue_first_points()
 
     @property
     def ot_study(self) -> optuna.Study:
@@ -74,23 +78,62 @@ class StudySearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Any:
         """The next setting as a trial's config; None for not now, `Searcher.FINISHED` for never again."""
-        if self._over():
-            return Searcher.FINISHED if not self._reporter.live else None
-        if len(self._reporter.live) >= self._slots or not self._reporter.wanted:
+        if len(self._reporter.live) >= self._slots:
+            return None
+        if not self._may_start():
+            return self._verification(trial_id)
+        if not self._reporter.wanted or self._awaits_reference():
             return None
         ot_trial, params = self._ask()
         if ot_trial is None:
             self._reporter.end_search(
                 f"{MAX_REFUSALS} suggestions in a row were refused or known: all settings are tried"
             )
-            return Searcher.FINISHED if not self._reporter.live else None
+            return self._verification(trial_id)
         self._ot_trials[trial_id] = ot_trial
-        attributes = ot_trial.user_attrs
-        filled = {**self._defaults, **params}
-        name, retry_of = attributes.get("name", ""), attributes.get("retry_of")
-        number = self._reporter.suggested(trial_id, params, filled, name, retry_of)
-        ot_trial.set_user_attr("trial", number)
-        return {"number": number, "params": params, **self._trial_resources(params)}
+        name, retry_of = ot_trial.user_attrs.get("name", ""), ot_trial.user_attrs.get("retry_of")
+        row = self._reporter.suggested(trial_id, params, {**self._defaults, **params}, name=name, retry_of=retry_of)
+        ot_trial.set_user_attr("trial", row.number)
+        return self._config(row)
+
+    def _config(self, row: TrialRow) -> dict[str, Any]:
+        """What the trial's actor is given."""
+        config = {"number": row.number, "params": dict(row.params), "restart": row.restart}
+        return {**config, "reference": self._reporter.reference, **self._trial_resources(row.params)}
+
+    def _awaits_reference(self) -> bool:
+        """Whether answers must be held against those of a baseline that has not ended yet."""
+        return self._study.quality is not None and any(row.name for row in self._reporter.live)
+
+    def _verification(self, trial_id: str) -> Any:
+        """The search is over: the next finalist to measure again, if one is due and may still begin."""
+        live = self._reporter.live
+        if any(row.verifies is None for row in live):
+            return None
+        chosen = finalists(self._study, self._reporter.rows, self._defaults)
+        due = next_restart(self._study, self._reporter.rows, chosen) if self._may_verify() else None
+        if due is None:
+            return None if live else Searcher.FINISHED
+        row, restart = due
+        filled = {**self._defaults, **row.params}
+        return self._config(
+            self._reporter.suggested(trial_id, row.params, filled, verifies=row.number, restart=restart)
+        )
+
+    def take_over(self, again: Sequence[TrialRow]) -> None:
+        """Go on with a storage that an earlier process left behind; `again` are the trials to run once more."""
+        rows = {row.number: row for row in self._reporter.rows}
+        for frozen in self.ot_study.get_trials(states=(TrialState.RUNNING,)):
+            row = rows.get(frozen.user_attrs.get("trial", -1))
+            if row is not None and row.state.finished and row.state is not State.INTERRUPTED:
+                self._teller.tell(self.ot_study, optuna.Trial(self.ot_study, frozen._trial_id), row)
+                continue
+            self._teller.tell_lost(self.ot_study, frozen.number, "the driver ended")
+            if row is None and "params" in frozen.user_attrs:
+                given = frozen.user_attrs
+                self._enqueue(given["params"], name=given["name"], retry_of=given.get("retry_of"))
+        for row in again:
+            self._enqueue(row.params, name=row.name, retry_of=row.number)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Intermediate results stay out of Optuna: a trial is told once, at its end."""
@@ -101,6 +144,8 @@ class StudySearch(OptunaSearch):
             return
         self._completed_trials.add(trial_id)
         row = self._reporter.ended(trial_id, None if error else result)
+        if row.verifies is not None:
+            return
         self._teller.tell(self.ot_study, self._ot_trials.pop(trial_id), row)
         if self._reporter.to_retry(row):
             self._enqueue(row.params, name=row.name, retry_of=row.number)
@@ -116,11 +161,6 @@ class StudySearch(OptunaSearch):
 
     def restore(self, checkpoint_path: str) -> None:
         """The reverse of `save`."""
-
-    def _over(self) -> bool:
-        if not self._may_start():
-            return True
-        return self._reporter.complete and not self._reporter.live
 
     def _enqueue_first_points(self) -> None:
         self._enqueue({}, name=BASELINE)

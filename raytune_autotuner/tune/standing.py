@@ -22,6 +22,8 @@ class Standing:
     ended_by: Kind | None = None
     """Why the monitor ended it, if it did: `hung` or `deadline`."""
     ended_at: float | None = None
+    node_id: str = ""
+    """Ray's id of the node that it runs on."""
     metrics: Mapping[str, float] | None = None
     """What was measured in the rounds so far."""
 

@@ -59,8 +59,9 @@ class EngineTrial(tune.Trainable):
         self._beaten_at = 0.0
         self._beaten_stage: Stage | None = None
         self._measured = 0
-        actor = ray.get_runtime_context().current_actor
-        self._welcome = self._ask_monitor(job.monitor.register.remote(self.trial_id, actor), default=True)
+        here = ray.get_runtime_context()
+        joined = job.monitor.register.remote(self.trial_id, here.current_actor, here.get_node_id())
+        self._welcome = self._ask_monitor(joined, default=True)
 
     def __repr__(self) -> str:
         """As the Ray dashboard shows the actor."""

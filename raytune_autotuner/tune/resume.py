@@ -1,0 +1,103 @@
+"""Going on with a study that was interrupted: which run, whether the study file still fits it, and what it holds.
+
+The results folder and Optuna's storage are the truth, not Ray Tune's own state, which is up to ten seconds old: a
+trial counts as finished as soon as its own `result.json` is written. Knows neither Ray nor Optuna.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytune_autotuner.report.results import ResultsFolder, read_result, study_yaml
+from raytune_autotuner.report.status import read_status
+from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialRow
+
+SUGGESTION = "trial.json"
+"""A trial's row as it was suggested, in its folder: what is known of one that ran when the driver was killed."""
+CHANGEABLE = (
+    "search.trials",
+    "search.time_budget",
+    "verify.top",
+    "verify.restarts",
+    "trial.retries",
+    "trial.log_limit_mb",
+    "resources.max_concurrent",
+    "resources.price_per_hour",
+)
+"""Keys that may differ from the interrupted run's: none of them changes what a trial measures."""
+
+
+def unfinished_run(study: Study, parent: Path) -> ResultsFolder:
+    """The newest unfinished run of `study` under `parent`.
+
+    Raises `ConfigError` where there is none, it still runs, or the study file differs in what a trial measures.
+    """
+    runs = [run for run in ResultsFolder.runs(parent, study.study) if _unfinished(run)]
+    if not runs:
+        raise ConfigError(f"--resume: under {parent} there is no unfinished run of {study.study}. Leave --resume out.")
+    status = read_status(runs[-1])
+    if status is not None and status.driver_alive:
+        raise ConfigError(f"--resume: {runs[-1].path} still runs (process {status.pid} on {status.host}).")
+    _check_same(study, runs[-1])
+    return runs[-1]
+
+
+def elapsed_before_s(folder: ResultsFolder) -> float:
+    """Seconds that the interrupted run has used up of its time budget."""
+    status = read_status(folder)
+    return 0.0 if status is None else status.elapsed_s
+
+
+def check_versions(folder: ResultsFolder, engine: Mapping[str, str]) -> None:
+    """Raise `ConfigError` where the engine is another version now: its figures could not be compared."""
+    try:
+        known = json.loads(folder.versions_file.read_text(encoding="utf-8"))["engine"]
+    except FileNotFoundError:
+        return
+    changed = [name for name in {**known, **engine} if known.get(name) != engine.get(name)]
+    if changed:
+        then, now = ({name: of.get(name) for name in changed} for of in (known, engine))
+        raise ConfigError(f"--resume: {folder.path} was measured with {shown(then)}, but now there is {shown(now)}.")
+
+
+def kept_rows(folder: ResultsFolder) -> list[TrialRow]:
+    """The run's trials by number; those that had not ended carry the result that they left behind, if any."""
+    rows = {row.number: row for row in folder.read_rows()}
+    for path in folder.trials_dir.glob(f"*/{SUGGESTION}"):
+        row = TrialRow.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if row.number not in rows:
+            result = read_result(path.parent)
+            rows[row.number] = row if result is None else replace(row, state=State.RUNNING, result=result)
+    return [rows[number] for number in sorted(rows)]
+
+
+def _unfinished(run: ResultsFolder) -> bool:
+    status = read_status(run)
+    return status is None or status.phase != "finished"
+
+
+def _check_same(study: Study, run: ResultsFolder) -> None:
+    then = dict(_flat(yaml.safe_load(run.study_file.read_text(encoding="utf-8"))))
+    now = dict(_flat(yaml.safe_load(study_yaml(study))))
+    for key in {**then, **now}:
+        if then.get(key) != now.get(key) and key not in CHANGEABLE:
+            raise ConfigError(
+                f"--resume: {key} was {shown(then.get(key))} in {run.path} and is {shown(now.get(key))} now.\n"
+                f"Set it back, or start anew without --resume. Free to change: {', '.join(CHANGEABLE)}."
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

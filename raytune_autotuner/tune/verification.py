@@ -1,0 +1,60 @@
+"""The end of a search: which settings are measured again before one is recommended, and in which order.
+
+Rows in, the next restart out. Knows neither Ray nor Optuna, and no statistics: `score/comparison.py` has those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raytune_autotuner.report.verdict import changes
+from raytune_autotuner.study.space import Params
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+
+
+def finalists(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
+    """The trials whose settings are worth measuring again, the baseline first; empty where there is nothing to decide.
+
+    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case.
+    """
+    found = [row for row in rows if row.verifies is None and row.state is State.MEASURED]
+    baseline = next((row for row in reversed(found) if row.name == BASELINE), None)
+    best = _best_first(study, [row for row in found if row.feasible], defaults)
+    if baseline in best:
+        best = best[: best.index(baseline)]
+    top = [row for row in best if row.name != BASELINE][: study.verify.top]
+    return ([] if baseline is None else [baseline]) + top if top else []
+
+
+def _best_first(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
+    sign = -1.0 if study.objective.direction == "maximize" else 1.0
+
+    def key(row: TrialRow) -> tuple[float, bool, int]:
+        return (sign * (row.score or 0.0), row.name != BASELINE, len(changes(row.params, defaults)))
+
+    return sorted(rows, key=key)
+
+
+def next_restart(study: Study, rows: Sequence[TrialRow], chosen: Sequence[TrialRow]) -> tuple[TrialRow, int] | None:
+    """The setting to start next and the number of its restart; None where all have begun or are given up.
+
+    All settings have their restart i before one has its restart i + 1, and each round begins with another one, so
+    that what drifts on the machine touches all alike.
+    """
+    for restart in range(study.verify.restarts):
+        turn = restart % len(chosen) if chosen else 0
+        for row in [*chosen[turn:], *chosen[:turn]]:
+            if _due(study, rows, row, restart):
+                return row, restart
+    return None
+
+
+def _due(study: Study, rows: Sequence[TrialRow], chosen: TrialRow, restart: int) -> bool:
+    tried = [row for row in rows if row.verifies == chosen.number]
+    if any(row.state is State.FAILED for row in tried):
+        return False  # one failure is enough: it is out
+    same = [row for row in tried if row.restart == restart]
+    lost = sum(row.state is State.LOST for row in same)
+    ended_or_running = any(row.state in (State.PENDING, State.RUNNING, State.MEASURED) for row in same)
+    return not ended_or_running and lost <= study.trial.retries
