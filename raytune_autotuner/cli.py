@@ -12,10 +12,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from raytune_autotuner import __version__
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
+
+if TYPE_CHECKING:
+    from raytune_autotuner.study.study import Study
 
 OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m raytune_autotuner"
@@ -59,6 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    study = _load(arguments)
+    from raytune_autotuner.tune.run import run_study
+
+    options = {"address": arguments.address, "resume": arguments.resume, "verbose": arguments.verbose}
+    return run_study(study, arguments.results, **options)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    study = _load(arguments)
+    from raytune_autotuner.tune.explain import explain, render
+
+    explained = explain(study, arguments.results)
+    print(json.dumps(explained.to_dict()) if arguments.json else render(explained))
+    return OK
+
+
+def _load(arguments: argparse.Namespace) -> Study:
+    """The study that a command line names, with its overrides."""
     from raytune_autotuner.engine import models
     from raytune_autotuner.study.study import load_study
 
@@ -66,11 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.trials is not None:
         overrides.append(f"search.trials={arguments.trials}")
     study = load_study(arguments.study, overrides)
-    study = study.model_copy(update={"model": models.absolute(study.model)})
-    from raytune_autotuner.tune.run import run_study
-
-    options = {"address": arguments.address, "resume": arguments.resume, "verbose": arguments.verbose}
-    return run_study(study, arguments.results, **options)
+    return study.model_copy(update={"model": models.absolute(study.model)})
 
 
 def _logs(arguments: argparse.Namespace) -> int:
@@ -137,7 +154,7 @@ def _clean(arguments: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS = {"run": _run, "logs": _logs, "status": _status, "diagnose": _diagnose, "clean": _clean}
+_COMMANDS = {"run": _run, "check": _check, "logs": _logs, "status": _status, "diagnose": _diagnose, "clean": _clean}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"raytune_autotuner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="STUDY.yaml | COMMAND")
     _add_run(commands.add_parser("run", help="run a study; the word `run` may be left out"))
+    check = commands.add_parser("check", help="explain a study without starting an engine")
+    _add_study(check)
+    check.add_argument("--json", action="store_true")
     _add_logs(commands.add_parser("logs", help="read the logs of a study or of one trial"))
     status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
     status.add_argument("results", type=Path, metavar="RESULTS")
@@ -176,13 +196,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", type=Path, metavar="STUDY.yaml")
+    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="parent of runs' folders")
+    command.add_argument("--trials", type=int, metavar="N", help="same as --set search.trials=N")
+    command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a study's key")
+
+
 def _add_run(run: argparse.ArgumentParser) -> None:
-    run.add_argument("study", type=Path, metavar="STUDY.yaml")
-    run.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="parent of the run's own folder"
-    )
-    run.add_argument("--trials", type=int, metavar="N", help="same as --set search.trials=N")
-    run.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key of the study")
+    _add_study(run)
     run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")
     run.add_argument("--resume", action="store_true", help="go on with the study's newest unfinished run")
     run.add_argument("-v", "--verbose", action="store_true")

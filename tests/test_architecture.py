@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 ONLY_IN = {"ray": {"tune"}, "optuna": {"tune"}, "vllm": set[str]()}
 # Scripts that the engine's own Python runs.
-FOREIGN = {"engine/vllm_probe.py", "engine/gguf_conversion.py"}
+FOREIGN = {"load/bench_serve.py", "engine/vllm_probe.py", "engine/gguf_conversion.py"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 

@@ -15,10 +15,13 @@ import yaml
 from raytune_autotuner import __version__
 from raytune_autotuner.cli import main
 from raytune_autotuner.study.failure import Blame, Kind, Stage
+from raytune_autotuner.study.study import load_study
+from raytune_autotuner.tune.checks import check_study, quality_notes
 from tests.studies import merged, write_study
 
 LOGS = Path(__file__).parent / "engine_logs"
 EXPECTED = {entry["file"]: entry for entry in yaml.safe_load((LOGS / "expected.yaml").read_text(encoding="utf-8"))}
+CONFIGS = Path(__file__).parent.parent / "configs"
 OTHER_PYTHON = "/usr/bin/python3"
 
 
@@ -154,6 +157,72 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric at no level": ({"objective": {"maximize": "goodput_rps@c3"}}, "Did you mean 'goodput_rps@c8'?"),
     "count as objective": ({"objective": {"maximize": "tokens_out"}}, "tokens_out is a count that the workload sets"),
+    "engine's figure as objective": (
+        {"objective": {"maximize": [], "minimize": "queue_length_max"}},
+        "objective.minimize: queue_length_max tells what the engine does, not what it gives; take one such as",
+    ),
+    "steadiness as objective": (
+        {"objective": {"maximize": [], "minimize": "drift"}},
+        "drift tells how steady the measurement was",
+    ),
+    "loss as objective": (
+        {"objective": {"maximize": "goodput_rps", "minimize": "answer_change", "slo": {"ttft_ms": {"mean": 5}}}},
+        "objective.minimize: answer_change is held against the baseline, which has none; limit it under quality",
+    ),
+    "second objective unknown": (
+        {"objective": {"minimize": ["ttft_ms_mean", "ttft_mean"]}},
+        "objective.minimize: there is no metric 'ttft_mean'. Did you mean 'ttft_ms_mean'?",
+    ),
+    "second objective the wrong way": (
+        {"objective": {"maximize": ["output_throughput_tok_s", "e2el_ms_mean"]}},
+        "objective.maximize: of e2el_ms_mean, lower is better; write minimize: e2el_ms_mean",
+    ),
+    "perplexity without quality": (
+        {"objective": {"maximize": [], "minimize": "perplexity"}},
+        "perplexity is only measured where there is a quality section",
+    ),
+    "cost without a price": (
+        {"objective": {"maximize": [], "minimize": "cost_per_million_tokens"}},
+        "objective.minimize: cost_per_million_tokens needs a price",
+    ),
+    "energy without a GPU": (
+        {"objective": {"maximize": [], "minimize": "energy_j_per_token"}},
+        "objective.minimize: energy_j_per_token is that of the GPUs that a trial holds, but resources.gpus is 0",
+    ),
+    "highest load without an SLO": (
+        {"objective": {"maximize": "max_load_under_slo"}, "workload": {"concurrency": [8, 2]}},
+        "max_load_under_slo is the highest load that keeps the SLOs, but objective.slo has none",
+    ),
+    "highest load of one level": (
+        {"objective": {"maximize": "max_load_under_slo", "slo": {"ttft_ms": {"mean": 500}}}},
+        "workload has one.\nWrite several, such as concurrency: [4, 8, 16, 32]",
+    ),
+    "highest load at one level": (
+        {"objective": {"maximize": "max_load_under_slo@c8", "slo": {"ttft_ms": {"mean": 500}}}},
+        "there is no metric 'max_load_under_slo@c8'. Did you mean 'max_load_under_slo'?",
+    ),
+    "attainment of nothing": (
+        {"objective": {"attainment": 0.9}},
+        "objective.attainment: is the share of requests that must keep every limit of objective.slo; it has none",
+    ),
+    "attainment of a pooled latency": (
+        {"objective": {"attainment": 0.9, "slo": {"itl_ms": {"p90": 50}}}},
+        "objective.slo.itl_ms: objective.attainment judges requests one by one, and a request has no itl_ms",
+    ),
+    "percentile of too few requests": (
+        {"objective": {"slo": {"ttft_ms": {"mean": 500, "p90": 900}}}},
+        "objective.slo.ttft_ms.p90: a p90 needs 29 requests at a load level (95 % confidence), but requests 16 x "
+        "rounds 1 are 16.\nRaise workload.requests to 29 or workload.rounds to 2",
+    ),
+    "percentile of too few requests in several rounds": (
+        {"objective": {"maximize": [], "minimize": "ttft_ms_p99"}, "workload": {"requests": 64, "rounds": 4}},
+        "objective.minimize: ttft_ms_p99: a p99 needs 299 requests at a load level (95 % confidence), but requests 64 "
+        "x rounds 4 are 256.\nRaise workload.requests to 75 or workload.rounds to 5",
+    ),
+    "percentile of too few requests at a level": (
+        {"objective": {"maximize": [], "minimize": "e2el_ms_p95@c8"}},
+        "objective.minimize: e2el_ms_p95@c8: a p95 needs 59 requests",
+    ),
     "wrong direction": ({"objective": {"maximize": "ttft_ms_p90"}}, "lower is better; write minimize: ttft_ms_p90"),
     "unknown latency": ({"objective": {"slo": {"ttft": {"p90": 5}}}}, "no latency 'ttft'. Did you mean 'ttft_ms'?"),
     "unknown statistic": ({"objective": {"slo": {"ttft_ms": {"max": 5}}}}, "objective.slo.ttft_ms.max: there is no"),
@@ -205,6 +274,56 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
 ) -> None:
     changes, told = NOT_HERE[case]
     assert told in refused(capsys, str(write_study(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": {"slo": {"ttft_ms": {"p90": 900}}}, "workload": {"requests": 29}},
+        {"objective": {"slo": {"ttft_ms": {"p90": 900}}}, "workload": {"rounds": 2}},
+        {"objective": {"slo": {"ttft_ms": {"p99": 900}}, "attainment": 0.99}},
+        {"objective": {"maximize": ["output_throughput_tok_s"], "minimize": ["ttft_ms_mean", "ttft_ms_p50@c8"]}},
+        {"objective": {"minimize": "cost_per_million_tokens"}, "resources": {"price_per_hour": 2.5}},
+        {"objective": {"minimize": "perplexity"}, "quality": {}},
+        {
+            "objective": {"maximize": "max_load_under_slo", "slo": {"ttft_ms": {"mean": 500}}},
+            "workload": {"concurrency": [8, 2, 32]},
+        },
+    ],
+)
+def test_a_study_that_can_be_measured_is_not_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    check_study(load_study(write_study(tmp_path, **changes)), tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_study_in_configs_can_be_measured(tmp_path: Path, path: Path) -> None:
+    check_study(load_study(path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"search_space": {"max-num-seqs": {"int": [1, 8]}}, "engine": {"args": {"dtype": "float16"}}}, None),
+        ({"search_space": {"dtype": {"choice": ["auto", "float16"]}}}, "dtype"),
+        (
+            {
+                "search_space": {
+                    "kv-cache-dtype": {"choice": ["auto", "fp8"]},
+                    "speculative-config": {"choice": [None, {"method": "ngram"}]},
+                    "block-size": {"choice": [16, 32]},
+                }
+            },
+            "kv-cache-dtype, speculative-config",
+        ),
+        ({"search_space": {"quantization": {"choice": [None, "fp8"]}}, "quality": {}}, None),
+    ],
+)
+def test_a_space_that_may_change_answers_unchecked_is_noted(
+    tmp_path: Path, changes: dict[str, Any], named: str | None
+) -> None:
+    notes = quality_notes(load_study(write_study(tmp_path, **changes)))
+    assert [note.partition(" may change the answers")[0] for note in notes] == ([named] if named else [])
+    assert all("quality: {}" in note for note in notes)
 
 
 def test_an_override_is_named_as_the_place_of_its_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

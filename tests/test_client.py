@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,8 +20,10 @@ from raytune_autotuner.load.client import LoadRun, completion_probe, measure, ru
 from raytune_autotuner.load.connection import Pool
 from raytune_autotuner.load.parquet import read_records, write_records
 from raytune_autotuner.load.stream import BadAnswer, TokenStream
+from raytune_autotuner.load.trouble import Clocks
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.records import RequestRecord
+from raytune_autotuner.study.failure import Blame, Kind
 
 Answer = Callable[[dict[str, Any], asyncio.StreamWriter], Awaitable[None]]
 C1, C4 = Level("c1", concurrency=1), Level("c4", concurrency=4)
@@ -436,12 +439,70 @@ def test_a_busy_client_says_so() -> None:
     quiet, busied = load(slow, requests(1)), load(slow, requests(1), check=busy)
     assert busied.client_cpu_share > quiet.client_cpu_share
     assert busied.max_loop_lag_ms >= 200
+    assert len(quiet.loop_lags_ms) > 5
+    assert quiet.clock_jump_s == pytest.approx(0, abs=0.4)
 
 
-@pytest.mark.parametrize(("share", "limited"), [(0.7, False), (0.71, True)])
-def test_a_client_on_more_than_seven_tenths_of_a_core_is_the_bottleneck(share: float, limited: bool) -> None:
-    outcome = LoadRun((), requests=0, complete=True, started_at=0.0, client_cpu_share=share, max_loop_lag_ms=0.0)
-    assert outcome.client_limited is limited
+def outcome_of(**seen: Any) -> LoadRun:
+    """A load of which the client says `seen` about itself; its tokens came 40 ms apart."""
+    record = RequestRecord(0, "c1", 0, "measure", 0.0, 0.0, 0.04, 0.2, (0.04, 0.08, 0.12, 0.16, 0.2), 8, 5, 5)
+    return LoadRun((record,), 1, complete=True, started_at=0.0, **{"client_cpu_share": 0.1, **seen})
+
+
+def beats(count: int, late: int, lag_ms: float) -> tuple[float, ...]:
+    return (0.1,) * (count - late) + (lag_ms,) * late
+
+
+@pytest.mark.parametrize(
+    ("seen", "evidence"),
+    [
+        ({"client_cpu_share": 0.7}, None),
+        ({"client_cpu_share": 0.71}, "the load client used 71% of a core"),
+        ({"loop_lags_ms": beats(100, 20, 19.0)}, None),
+        ({"loop_lags_ms": beats(100, 20, 21.0)}, r"one in ten by 21 ms or more \(limit 20 ms\)"),
+        ({"loop_lags_ms": beats(100, 5, 500.0)}, None),
+        ({"loop_lags_ms": beats(19, 19, 500.0)}, None),
+    ],
+    ids=str,
+)
+def test_a_client_that_cannot_keep_up_is_the_bottleneck(seen: dict[str, Any], evidence: str | None) -> None:
+    trouble = outcome_of(**seen).trouble
+    assert (trouble is None) == (evidence is None)
+    if trouble is not None:
+        assert trouble.kind is Kind.CLIENT_LIMITED
+        assert re.search(str(evidence), trouble.evidence)
+
+
+@pytest.mark.parametrize(("jump_s", "spoilt"), [(0.4, False), (-0.4, False), (0.6, True), (-3600.0, True)])
+def test_a_clock_that_jumps_under_load_spoils_it(jump_s: float, spoilt: bool) -> None:
+    trouble = outcome_of(clock_jump_s=jump_s, client_cpu_share=0.9).trouble
+    assert trouble is not None
+    assert (trouble.kind is Kind.CLOCK_JUMPED) is spoilt
+    assert not spoilt or (f"{jump_s:+.1f} s" in trouble.evidence and trouble.blame is Blame.ENVIRONMENT)
+
+
+def test_the_clocks_of_a_machine_that_does_not_sleep_go_together() -> None:
+    before = Clocks.now()
+    time.sleep(0.1)
+    assert abs(before.jump_s(Clocks.now())) < 0.4
+    assert before.jump_s(Clocks(before.wall_s + 5, before.monotonic_s + 2)) == pytest.approx(3)
+
+
+def test_text_is_sent_as_text() -> None:
+    async def count_words(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        assert body["prompt"] == "how many Ω words"
+        await stream(writer, *[text_event()] * 2, usage_event(len(body["prompt"].split()), 2), DONE)
+
+    record = only(load(count_words, [Request(0, "how many Ω words", 2)]))
+    assert (record.error, record.tokens_in) == (None, 4)
+
+
+def test_a_trace_is_sent_when_it_is_due_and_not_after_answers() -> None:
+    outcome = load(well, requests(5, gap_s=0.05), Level("trace", trace=True))
+    for record in outcome.records:
+        assert record.scheduled_s == pytest.approx(record.index * 0.05)
+        assert record.sent_s >= record.scheduled_s
+    assert {record.level for record in outcome.records} == {"trace"}
 
 
 def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

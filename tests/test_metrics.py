@@ -11,13 +11,20 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from raytune_autotuner.load.engine_metrics import Sample
+from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.score.metrics import (
+    CONFIDENCE,
+    ENGINE_METRICS,
     LATENCIES,
     METRICS,
     STATISTICS,
     EmptySample,
     combine,
+    cost_metrics,
+    energy_metrics,
     is_metric,
+    samples_needed,
     summarize,
 )
 from raytune_autotuner.score.records import Phase, RequestRecord, duration_s, measured
@@ -183,8 +190,38 @@ def test_every_metric_is_finite_and_in_the_table(load: list[RequestRecord]) -> N
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+MEASURED_ELSEWHERE = {
+    "max_load_under_slo",
+    "cost_per_million_tokens",
+    "energy_j_per_token",
+    "perplexity",
+    "perplexity_rise",
+    "answer_change",
+    "preemptions",
+    "kv_cache_usage_mean",
+    "kv_cache_usage_max",
+    "queue_length_mean",
+    "queue_length_max",
+    "prefix_cache_hit_rate",
+}
+
+
 def test_every_metric_of_the_table_can_occur() -> None:
-    assert summarize([record([0.1, 0.2])], 1.0, SLO).keys() == METRICS.keys()
+    rounds = [record([0.1, 0.2]), record([0.1, 0.2], round=1)]
+    assert summarize(rounds, 1.0, SLO).keys() == METRICS.keys() - MEASURED_ELSEWHERE
+
+
+def test_what_the_engine_tells_has_the_names_of_the_table() -> None:
+    all_there = {"waiting": 2.0, "kv_cache_usage": 0.5, "preemptions": 1.0, "prefix_queries": 8.0, "prefix_hits": 4.0}
+    nothing_yet = dict.fromkeys(all_there, 0.0)
+    begin, during, end = (
+        Sample(0.0, True, **nothing_yet),
+        Sample(1.0, False, **all_there),
+        Sample(2.0, True, **all_there),
+    )
+    told = summarize_engine([[begin, during, end]])
+    assert told.keys() == set(ENGINE_METRICS)
+    assert all(METRICS[name].better is None for name in told)
 
 
 def test_metrics_are_known_alone_or_at_a_load_level_of_the_study() -> None:
@@ -193,6 +230,21 @@ def test_metrics_are_known_alone_or_at_a_load_level_of_the_study() -> None:
     assert not is_metric("ttft_ms_p90@c4", ["c16"])
     assert not is_metric("ttft_ms_p90@c4")
     assert not is_metric("ttft_p90")
+    assert is_metric("max_load_under_slo", ["c16"])
+    assert not is_metric("max_load_under_slo@c16", ["c16"])
+
+
+@pytest.mark.parametrize(("statistic", "needed"), [("mean", 0), ("p50", 5), ("p90", 29), ("p95", 59), ("p99", 299)])
+def test_a_percentile_needs_so_many_samples(statistic: str, needed: int) -> None:
+    assert samples_needed(statistic) == samples_needed(f"ttft_ms_{statistic}@c16") == needed
+    if needed:
+        share = int(statistic[1:]) / 100
+        assert 1 - share**needed >= CONFIDENCE > 1 - share ** (needed - 1)
+
+
+@pytest.mark.parametrize("name", ["output_throughput_tok_s", "goodput_rps@r2.5", "p", "", "p12", "@p99"])
+def test_what_is_no_percentile_needs_no_samples(name: str) -> None:
+    assert samples_needed(name) == 0
 
 
 def test_all_levels_count_in_a_trials_metrics() -> None:
@@ -210,6 +262,65 @@ def test_a_metric_that_one_level_lacks_is_absent() -> None:
     assert "tpot_ms_mean" not in trial
     assert "tpot_ms_mean@c1" not in trial
     assert "tpot_ms_mean@c4" in trial
+
+
+def test_a_level_that_was_not_run_leaves_only_sums_beside_each_levels_own() -> None:
+    levels = {"c1": summarize([record([0.1, 0.2])], 1.0)}
+    trial = combine(levels, ["c1", "c4"])
+    assert {name for name in trial if "@" not in name} == {
+        "requests",
+        "requests_failed",
+        "tokens_in",
+        "tokens_out",
+        "duration_s",
+    }
+    assert {name for name in trial if "@" in name} == {f"{name}@c1" for name in levels["c1"]}
+    assert combine(levels, ["c1"])["ttft_ms_mean"] == pytest.approx(100)
+
+
+def test_levels_become_one_as_the_metric_says() -> None:
+    one = {"preemptions": 3.0, "queue_length_max": 7.0, "queue_length_mean": 2.0, "tokens_out": 100.0}
+    two = {"preemptions": 1.0, "queue_length_max": 9.0, "queue_length_mean": 4.0, "tokens_out": 300.0}
+    trial = combine({"c1": one | energy_metrics(200.0, 100.0), "c4": two | energy_metrics(200.0, 300.0)})
+    assert (trial["preemptions"], trial["queue_length_max"], trial["queue_length_mean"]) == (4, 9, 3)
+    assert trial["energy_j_per_token"] == pytest.approx(400 / 400)
+
+
+costs = st.floats(1e-3, 1e6)
+
+
+@given(st.lists(st.tuples(costs, costs), min_size=1, max_size=4), st.floats(0.01, 100), st.floats(0, 16))
+def test_the_cost_of_all_levels_is_all_money_over_all_tokens(
+    loads: list[tuple[float, float]], price: float, gpus: float
+) -> None:
+    levels = {}
+    for place, (tokens, seconds) in enumerate(loads):
+        level = {"tokens_out": tokens, "duration_s": seconds}
+        levels[f"c{place}"] = level | cost_metrics(level, price, gpus)
+    paid = price * max(gpus, 1) * sum(seconds for _, seconds in loads) / 3600
+    expected = paid / sum(tokens for tokens, _ in loads) * 1e6
+    assert combine(levels)["cost_per_million_tokens"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("tokens", "price"), [(0.0, 1.0), (5.0, None)])
+def test_a_cost_without_price_or_tokens_is_absent(tokens: float, price: float | None) -> None:
+    assert cost_metrics({"tokens_out": tokens, "duration_s": 1.0}, price, 1.0) == {}
+
+
+@pytest.mark.parametrize("joules", [None, 0.0, -1.0, math.inf, math.nan])
+def test_energy_without_a_measurement_is_absent_and_never_0(joules: float | None) -> None:
+    assert energy_metrics(joules, 10.0) == {}
+    assert energy_metrics(5.0, 0.0) == {}
+    assert energy_metrics(5.0, 10.0) == {"energy_j_per_token": 0.5}
+
+
+def test_drift_compares_the_last_round_with_the_first() -> None:
+    rounds = [record([0.5, 1.0], tokens_out=8), record([1.0, 2.0], tokens_out=8, round=1)]
+    rounds.append(record([1.0, 2.0], tokens_out=12, round=2))
+    assert summarize(rounds, 5.0)["drift"] == pytest.approx((12 / 2) / (8 / 1) - 1)
+    assert "drift" not in summarize(rounds[:1], 1.0)
+    failed_first = [record([0.5], error="reset"), record([1.0, 2.0], round=1)]
+    assert "drift" not in summarize(failed_first, 3.0)
 
 
 def test_no_level_is_an_empty_sample() -> None:

@@ -1,4 +1,4 @@
-"""From metrics to score and violation."""
+"""From metrics to scores and violation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 
 from raytune_autotuner.score.grades import Direction, progress_violation
 from raytune_autotuner.score.objective import (
-    NO_SLO_VALUE,
-    UNMEASURED_EXCESS,
     Assessment,
     assess,
     assess_failure,
-    constraint_value,
     rank_key,
     softened,
-    total_violation,
+    trial_metrics,
 )
+from raytune_autotuner.score.slo import constraint_value
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.study import Study, parse_study
 from raytune_autotuner.study.trial import TrialResult
@@ -32,7 +30,9 @@ STAGES = st.sampled_from(list(Stage))
 WAYS = st.sampled_from(["maximize", "minimize"])
 
 
-def study(direction: str = "maximize", slo: dict[str, Any] | None = None, grade: str = "progress") -> Study:
+def study(
+    direction: str = "maximize", slo: dict[str, Any] | None = None, grade: str = "progress", **more: Any
+) -> Study:
     return parse_study(
         {
             "study": "s",
@@ -41,6 +41,7 @@ def study(direction: str = "maximize", slo: dict[str, Any] | None = None, grade:
             "objective": {direction: "x", "slo": SLO if slo is None else slo},
             "penalty": {"grade": grade},
             "trial": {"timeout_s": 600},
+            **more,
         }
     )
 
@@ -57,59 +58,9 @@ def better(left: Assessment, right: Assessment, direction: Direction) -> bool:
     return rank_key(left, direction) < rank_key(right, direction)
 
 
-def test_the_violation_is_the_sum_of_the_relative_misses() -> None:
-    assert total_violation({"ttft_ms_p99": 750.0, "tpot_ms_mean": 60.0}, SLO) == pytest.approx(0.5 + 0.2)
-
-
-def test_a_limit_that_is_met_exactly_is_met() -> None:
-    assert total_violation({"ttft_ms_p99": 500.0, "tpot_ms_mean": 50.0}, SLO) == 0
-    assert constraint_value({"ttft_ms_p99": 500.0, "tpot_ms_mean": 50.0}, SLO) == 0
-
-
-def test_a_met_limit_does_not_make_up_for_a_missed_one() -> None:
-    assert total_violation({"ttft_ms_p99": 1.0, "tpot_ms_mean": 60.0}, SLO) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
-def test_an_slo_without_a_measurement_is_missed(value: float | None) -> None:
-    metrics = {"tpot_ms_mean": 1.0} | ({} if value is None else {"ttft_ms_p99": value})
-    assert total_violation(metrics, SLO) == UNMEASURED_EXCESS
-    assert 0.99 < constraint_value(metrics, SLO) < 1
-
-
-def test_without_an_slo_every_measured_trial_is_feasible() -> None:
-    assert constraint_value({}, {}) == NO_SLO_VALUE < 0
-
-
-def test_the_margin_is_that_of_the_tightest_limit() -> None:
-    assert constraint_value({"ttft_ms_p99": 250.0, "tpot_ms_mean": 40.0}, SLO) == pytest.approx(-0.2)
-
-
-@given(st.floats(1e-3, 1e6))
-def test_the_violation_is_continuous_at_the_threshold(limit: float) -> None:
-    slo = {"ttft_ms": {"p99": limit}}
-    just_over = constraint_value({"ttft_ms_p99": math.nextafter(limit, math.inf)}, slo)
-    assert 0 < just_over < 1e-9
-    assert constraint_value({"ttft_ms_p99": limit * (1 + 1e-6)}, slo) < 2e-6
-
-
-@given(LATENCIES, LATENCIES, LATENCIES)
-def test_missing_by_less_is_never_worse(ttft: float, other: float, tpot: float) -> None:
-    low, high = sorted([ttft, other])
-    values = [constraint_value({"ttft_ms_p99": value, "tpot_ms_mean": tpot}, SLO) for value in (low, high)]
-    assert values[0] <= values[1]
-    assert all(value <= 0 or 0 < value < 1 for value in values)
-
-
-@given(st.floats(500.01, 1e6), st.floats(1.001, 10))
-def test_missing_by_clearly_more_is_worse(ttft: float, times: float) -> None:
-    slo = {"ttft_ms": {"p99": 500.0}}
-    assert constraint_value({"ttft_ms_p99": ttft}, slo) < constraint_value({"ttft_ms_p99": ttft * times}, slo)
-
-
 @given(LATENCIES, STAGES, st.floats(0, 1))
 def test_missing_an_slo_is_better_than_failing(ttft: float, stage: Stage, share: float) -> None:
-    missed = constraint_value({"ttft_ms_p99": ttft}, SLO)
+    missed = constraint_value({"ttft_ms_p99": ttft}, study().objective)
     assert 0 < missed < progress_violation(failed(stage, share))
 
 
@@ -220,3 +171,154 @@ def test_a_softened_score_is_worse_the_further_the_slo_is_missed(
 def test_failures_without_a_violation_rank_last() -> None:
     lost = Assessment((), None)
     assert better(assess_failure(study(), failed(Stage.ARGUMENTS)), lost, "maximize")
+
+
+def level(
+    ttft: float = 100.0, tokens: float = 600.0, seconds: float = 10.0, requests: float = 300.0
+) -> dict[str, float]:
+    """Metrics of one load level."""
+    return {
+        "ttft_ms_p99": ttft,
+        "output_throughput_tok_s": tokens / seconds,
+        "tokens_out": tokens,
+        "duration_s": seconds,
+        "requests": requests,
+        "requests_failed": 0.0,
+    }
+
+
+LEVELS: dict[str, Any] = {"workload": {"concurrency": [16, 4], "requests": 300}}
+TTFT_SLO = {"ttft_ms": {"p99": 500.0}}
+THROUGHPUT = {"maximize": "output_throughput_tok_s", "slo": TTFT_SLO}
+SCAN = {"maximize": "max_load_under_slo", "slo": TTFT_SLO}
+
+
+def worth_of(asked: Study, levels: dict[str, dict[str, float]]) -> Assessment:
+    return assess(asked, TrialResult(trial_metrics(asked, levels)))
+
+
+def test_several_objectives_have_a_score_each_in_their_order() -> None:
+    asked = study(objective={"maximize": ["b", "a"], "minimize": "c"})
+    worth = assess(asked, TrialResult({"a": 1.0, "b": 2.0, "c": 3.0}))
+    assert (worth.scores, worth.score) == ((2.0, 1.0, 3.0), 2.0)
+
+
+@pytest.mark.parametrize("lacking", ["a", "b", "c"])
+def test_each_objective_needs_a_measurement(lacking: str) -> None:
+    asked = study(objective={"maximize": ["b", "a"], "minimize": "c"})
+    worth = assess(asked, TrialResult({name: 1.0 for name in "abc" if name != lacking}))
+    assert worth.scores == ()
+    assert worth.failure is not None
+    assert f"metric '{lacking}' is missing" in worth.failure.evidence
+
+
+def test_an_slo_that_one_load_level_misses_is_missed_whatever_the_mean() -> None:
+    asked = study(objective=THROUGHPUT, **LEVELS)
+    worth = worth_of(asked, {"c4": level(100.0), "c16": level(600.0)})
+    assert worth.violation == pytest.approx(0.2 / 1.2)
+    assert worth_of(asked, {"c4": level(100.0), "c16": level(500.0)}).feasible
+
+
+def test_a_level_that_is_not_there_leaves_the_trial_without_a_score() -> None:
+    worth = worth_of(study(objective=THROUGHPUT, **LEVELS), {"c4": level()})
+    assert worth.failure is not None
+    assert "'output_throughput_tok_s' is missing" in worth.failure.evidence
+
+
+@pytest.mark.parametrize(
+    ("levels", "highest", "violation"),
+    [
+        ({"c4": level(250.0), "c16": level(400.0)}, 16.0, -0.5),
+        ({"c4": level(250.0), "c16": level(900.0)}, 4.0, -0.5),
+        ({"c4": level(250.0)}, 4.0, -0.5),
+        ({"c4": level(750.0)}, 0.0, 0.5 / 1.5),
+        ({"c4": level(750.0), "c16": level(100.0)}, 0.0, 0.5 / 1.5),
+    ],
+)
+def test_the_highest_load_is_a_score_and_its_violation_is_that_of_the_lowest_level(
+    levels: dict[str, dict[str, float]], highest: float, violation: float
+) -> None:
+    worth = worth_of(study(objective=SCAN, **LEVELS), levels)
+    assert worth.scores == (highest,)
+    assert worth.violation == pytest.approx(violation)
+    assert worth.feasible is (highest > 0)
+
+
+def test_attainment_decides_a_scan_too() -> None:
+    asked = study(objective=SCAN | {"attainment": 0.9}, **LEVELS)
+    attained = {"c4": level(9000.0) | {"slo_attainment": 0.95}, "c16": level(1.0) | {"slo_attainment": 0.5}}
+    assert worth_of(asked, attained).scores == (4.0,)
+
+
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [
+        (THROUGHPUT, "300 requests were completed at c16, but ttft_ms_p99 needs 299"),
+        ({"minimize": "ttft_ms_p99"}, "completed at c16"),
+        ({"minimize": "ttft_ms_p99@c16"}, "completed at c16"),
+    ],
+)
+def test_too_few_completed_requests_for_a_percentile_are_a_failure(objective: dict[str, Any], names: str) -> None:
+    asked = study(objective=objective, **LEVELS)
+    few = level() | {"requests_failed": 2.0}
+    assert worth_of(asked, {"c4": level(), "c16": level() | {"requests_failed": 1.0}}).failure is None
+    worth = worth_of(asked, {"c4": level(), "c16": few})
+    assert worth.failure is not None
+    assert (worth.failure.kind, worth.failure.blame) == (Kind.BAD_RESPONSES, Blame.PARAMETERS)
+    assert names.replace("300 ", "298 ") in worth.failure.evidence
+    assert worth.violation is not None
+    assert 1 < worth.violation < 1.1
+
+
+def test_a_percentile_at_one_level_needs_no_samples_at_another() -> None:
+    asked = study(objective={"minimize": "ttft_ms_p99@c16"}, **LEVELS)
+    assert worth_of(asked, {"c4": level(requests=10), "c16": level()}).failure is None
+
+
+def test_a_scan_counts_a_level_with_too_few_samples_as_missed_and_fails_without_the_lowest() -> None:
+    asked = study(objective=SCAN, **LEVELS)
+    assert worth_of(asked, {"c4": level(), "c16": level(requests=10)}).scores == (4.0,)
+    assert worth_of(asked, {"c4": level(requests=10), "c16": level()}).failure is not None
+    assert worth_of(asked, {"c4": level(requests=10)}).failure is not None
+
+
+def test_attainment_needs_no_number_of_samples() -> None:
+    asked = study(objective=SCAN | {"attainment": 0.5}, **LEVELS)
+    assert worth_of(asked, {"c4": level(requests=10) | {"slo_attainment": 0.6}}).scores == (4.0,)
+
+
+def test_one_level_is_judged_with_or_without_its_label() -> None:
+    asked = study(objective=THROUGHPUT, workload={"concurrency": 4})
+    for metrics in (trial_metrics(asked, {"c4": level(750.0)}), level(750.0)):
+        assert assess(asked, TrialResult(metrics)).violation == pytest.approx(0.5 / 1.5)
+    few = assess(asked, TrialResult(level(requests=298.0))).failure
+    assert few is not None
+    assert few.evidence == "298 requests were completed, but ttft_ms_p99 needs 299"
+
+
+def test_a_trial_costs_what_its_machine_costs_over_all_its_tokens() -> None:
+    asked = study(objective=THROUGHPUT, resources={"price_per_hour": 3.6}, **LEVELS)
+    levels = {"c4": level(tokens=1000.0, seconds=100.0), "c16": level(tokens=9000.0, seconds=100.0)}
+    for gpus, held in ((0.0, 1), (0.5, 1), (2.0, 2)):
+        metrics = trial_metrics(asked, levels, gpus)
+        assert metrics["cost_per_million_tokens@c4"] == pytest.approx(held * 0.1 / 1000 * 1e6)
+        assert metrics["cost_per_million_tokens"] == pytest.approx(held * 0.2 / 10_000 * 1e6)
+    assert "cost_per_million_tokens" not in trial_metrics(study(**LEVELS), levels)
+
+
+def test_the_highest_load_is_known_where_there_are_an_slo_and_several_levels() -> None:
+    levels = {"c4": level(), "c16": level(900.0)}
+    assert trial_metrics(study(objective=THROUGHPUT, **LEVELS), levels)["max_load_under_slo"] == 4.0
+    assert "max_load_under_slo" not in trial_metrics(study(slo={}, **LEVELS), levels)
+    assert "max_load_under_slo" not in trial_metrics(study(), {"c8": level()})
+
+
+@given(st.floats(1, 499), st.floats(501, 1e6))
+def test_a_setting_that_holds_a_higher_load_is_better(met: float, missed: float) -> None:
+    asked = study(objective=SCAN, **LEVELS)
+    holds = {"c4": level(met), "c16": level(met)}
+    one, none = {"c4": level(met), "c16": level(missed)}, {"c4": level(missed)}
+    three = [worth_of(asked, levels) for levels in (holds, one, none)]
+    assert better(three[0], three[1], "maximize")
+    assert better(three[1], three[2], "maximize")
+    assert better(three[2], assess_failure(asked, failed()), "maximize")

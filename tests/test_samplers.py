@@ -7,21 +7,23 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from raytune_autotuner.score.objective import assess
+from raytune_autotuner.score.pareto import pareto_front
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params, parse_space
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.study import PenaltySpec, Study, parse_study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
-from raytune_autotuner.tune.samplers import Grid, grid_points, make_sampler, startup_trials, unmeasured
+from raytune_autotuner.tune.samplers import Grid, grid_points, make_sampler, population, startup_trials, unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
 
 WIDE: dict[str, Any] = {"x": {"float": [0.0, 1.0]}, "n": {"int": [1, 64], "log": True}}
@@ -31,13 +33,19 @@ has_gp = all(importlib.util.find_spec(module) for module in ("torch", "scipy"))
 NO_GP = pytest.mark.skipif(not has_gp, reason="torch and scipy are not both installed")
 
 
-def make_study(space: dict[str, Any], trials: int = 20, sampler: str = "auto", direction: str = "maximize") -> Study:
+def make_study(
+    space: dict[str, Any],
+    trials: int = 20,
+    sampler: str = "auto",
+    direction: str = "maximize",
+    also: dict[str, str] | None = None,
+) -> Study:
     return parse_study(
         {
             "study": "s",
             "model": "m",
             "search_space": space,
-            "objective": {direction: "score", "slo": {"ttft_ms": {"p90": 100}}},
+            "objective": {direction: "score", "slo": {"ttft_ms": {"p90": 100}}, **(also or {})},
             "search": {"trials": trials, "sampler": sampler, "seed": 3},
         }
     )
@@ -45,15 +53,17 @@ def make_study(space: dict[str, Any], trials: int = 20, sampler: str = "auto", d
 
 def run(study: Study, sampler: BaseSampler, outcome: Callable[[Params], TrialResult], trials: int) -> list[TrialRow]:
     """A search in no time: ask, assess, tell."""
-    ot_study = optuna.create_study(direction=study.objective.direction, sampler=sampler)
-    teller, rows = Teller(study), []
+    directions = [direction for _, direction in study.objective.targets]
+    ot_study = optuna.create_study(directions=directions, sampler=sampler)
+    teller, rows = Teller(study), list[TrialRow]()
     for _ in range(trials):
         trial = ot_study.ask()
         params = suggest(trial, study.space, study.fixed)
         result = outcome(params)
         worth = assess(study, result)
         state = State.FAILED if worth.failure else State.MEASURED
-        rows.append(TrialRow(trial.number, "", "", params, state, result, worth.score, worth.violation, worth.penalty))
+        row = TrialRow(trial.number, "", "", params, state, result, worth.score, worth.violation, worth.penalty)
+        rows.append(replace(row, scores=worth.scores))
         teller.tell(ot_study, trial, rows[-1])
     return rows
 
@@ -91,7 +101,9 @@ def test_auto_groups_a_conditional_space_by_its_conditions() -> None:
     assert "grouped by condition" in reason
 
 
-@pytest.mark.parametrize(("name", "kind"), [("tpe", TPESampler), ("random", RandomSampler), ("grid", Grid)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tpe", TPESampler), ("random", RandomSampler), ("grid", Grid), ("nsga2", NSGAIISampler)]
+)
 def test_a_sampler_that_is_asked_for_is_taken(name: str, kind: type[BaseSampler]) -> None:
     sampler, reason = make_sampler(make_study(SMALL, trials=2, sampler=name), 1)
     assert isinstance(sampler, kind)
@@ -138,12 +150,6 @@ def test_tpe_heeds_trials_that_still_run() -> None:
     assert len({round(suggest(ot_study.ask(), study.space)["y"], 3) for _ in range(16)}) == 16
 
 
-NAMES = (
-    "tpe",
-    pytest.param("gp", marks=pytest.mark.skipif(not has_gp, reason="torch and scipy are not both installed")),
-)
-
-
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 @pytest.mark.parametrize("name", ["tpe", pytest.param("gp", marks=[NO_GP, pytest.mark.slow])])
 def test_the_search_goes_from_failures_over_missed_slos_to_what_is_feasible(name: str, direction: str) -> None:
@@ -160,6 +166,64 @@ def test_the_search_goes_from_failures_over_missed_slos_to_what_is_feasible(name
     study = make_study({"x": {"float": [0.0, 1.0]}}, trials, name, direction)
     late = [row.params["x"] for row in run(study, make_sampler(study, 1)[0], outcome, trials)[trials // 2 :]]
     assert statistics.median(late) > 0.8
+
+
+@pytest.mark.parametrize(("trials", "expected"), [(1, 4), (16, 4), (40, 10), (200, 50), (1000, 50)])
+def test_a_generation_is_at_most_a_quarter_of_the_budget_and_no_less_than_4(trials: int, expected: int) -> None:
+    assert population(trials) == expected
+
+
+def test_auto_takes_tpe_for_several_objectives_and_says_why() -> None:
+    sampler, reason = make_sampler(make_study(WIDE, also={"minimize": "ttft_ms_mean"}), 1)
+    assert isinstance(sampler, TPESampler)
+    assert "for 2 objectives, as nsga2 finds less" in reason
+    assert "nsga2" not in make_sampler(make_study(WIDE), 1)[1]
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_with_two_objectives_the_search_goes_to_the_front_past_failures_and_missed_slos(name: str) -> None:
+    """The front is `x` above 0.7, all of it: more throughput costs more time. Below it there is nothing to have."""
+
+    def outcome(params: Params) -> TrialResult:
+        x = params["x"]
+        if x < 0.4:
+            return failed(list(Stage)[int(x * 12)])
+        metrics = {"score": x, "ttft_ms_mean": 100.0 * x, "ttft_ms_p90": 100.0 + (0.7 - x) * 1000}
+        return TrialResult(metrics)
+
+    study = make_study({**WIDE, **SMALL}, 40, name, also={"minimize": "ttft_ms_mean"})
+    rows = run(study, make_sampler(study, 1)[0], outcome, 40)
+    front = pareto_front(rows, ("maximize", "minimize"))
+    assert len(front) >= 3
+    assert all(row.params["x"] > 0.7 for row in front)
+    assert statistics.median(row.params["x"] for row in rows[20:]) > 0.6
+
+
+@NO_GP
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # Optuna's, once it is certain
+def test_gp_takes_several_objectives_with_failures_and_missed_slos() -> None:
+    def outcome(params: Params) -> TrialResult:
+        x = params["x"]
+        latencies = {"ttft_ms_mean": 100.0 * x, "ttft_ms_p90": 100.0 + (0.7 - x) * 1000}
+        return TrialResult({"score": x, **latencies}) if x > 0.4 else failed(Stage.KV_CACHE)
+
+    study = make_study({"x": {"float": [0.0, 1.0]}}, 6, "gp", also={"minimize": "ttft_ms_mean"})
+    assert len(run(study, make_sampler(study, 1)[0], outcome, 6)) == 6
+
+
+@pytest.mark.parametrize("grade", ["elapsed", "infinite", "ignore", "progress"])
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_every_grade_can_be_told_with_several_objectives(name: str, grade: str) -> None:
+    study = make_study(CONDITIONAL, 12, name, also={"minimize": "ttft_ms_mean"})
+    study = study.model_copy(update={"penalty": PenaltySpec.model_validate({"grade": grade})})
+
+    def outcome(params: Params) -> TrialResult:
+        if params["n"] > 20:
+            return failed(Stage.KV_CACHE)
+        return TrialResult({"score": params["x"], "ttft_ms_mean": 1.0, "ttft_ms_p90": 10.0 * params["n"]})
+
+    assert len(run(study, make_sampler(study, 3)[0], outcome, 12)) == 12
 
 
 def test_tpe_prefers_a_later_failure_where_nothing_else_was_seen() -> None:

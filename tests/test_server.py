@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.logfile import read_log
-from raytune_autotuner.engine.processes import MARK_VARIABLE, free_port, make_mark, marked
+from raytune_autotuner.engine.processes import MARK_VARIABLE, free_port, make_mark, marked, oom_kills
 from raytune_autotuner.engine.reading import SIMULATED_RULES, split_stamp
 from raytune_autotuner.engine.server import EngineServer, engine_environment
 from raytune_autotuner.study.errors import TrialFailed
@@ -276,3 +277,67 @@ def test_a_log_beyond_its_limit_keeps_head_and_tail(bench: Bench) -> None:
     assert said[0] == "line 0"
     assert said[-1] == "line 19999"
     assert sum(file.stat().st_size for file in server.log_path.parent.glob("engine*.log")) <= 100_000 + 200
+
+
+_TRIAL_IN_A_CGROUP = """
+import os, sys, time
+from pathlib import Path
+open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+from raytune_autotuner.engine.contract import Launch
+from raytune_autotuner.engine.processes import free_port, make_mark
+from raytune_autotuner.engine.reading import SIMULATED_RULES
+from raytune_autotuner.engine.server import EngineServer
+from raytune_autotuner.study.errors import TrialFailed
+work = "held = bytearray(400_000_000)"
+code = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {work!r}]); sys.exit(1)"
+with free_port() as port:
+    options = {"rules": SIMULATED_RULES, "mark": make_mark("test", "cgroup"), "deadline": time.monotonic() + 30}
+    launch = Launch((sys.executable, "-S", "-c", code), {})
+    with EngineServer(launch, port, Path(sys.argv[2]), timeout_s=30, **options) as server:
+        try:
+            server.wait_ready()
+        except TrialFailed as failed:
+            print(failed.failure.kind, failed.failure.blame, failed.failure.evidence)
+"""
+
+
+@pytest.fixture
+def small_cgroup(tmp_path: Path) -> Iterator[Path]:
+    """A memory cgroup that holds 200 MB."""
+    own = [line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line]
+    folder = Path("/sys/fs/cgroup/memory") / own[0][2].lstrip("/") / tmp_path.name if own else tmp_path / "none"
+    folder = folder if folder.parent.is_dir() else Path("/sys/fs/cgroup/memory") / tmp_path.name
+    try:
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text("200000000")
+    except OSError as error:
+        pytest.skip(f"memory cgroups (version 1) cannot be made here: {error}")
+    yield folder
+    folder.rmdir()
+
+
+def test_a_worker_that_the_kernel_ended_for_memory_is_told_as_out_of_memory(tmp_path: Path, small_cgroup: Path) -> None:
+    command = [sys.executable, "-c", _TRIAL_IN_A_CGROUP, str(small_cgroup), str(tmp_path / "trial")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    if "oom_kill 0" in (small_cgroup / "memory.oom_control").read_text():
+        pytest.skip("this kernel does not end processes for their cgroup's limit")
+    assert done.stdout.startswith("out-of-memory parameters the kernel ended a process for want of memory")
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.events": "low 0\noom 3\noom_kill 2\n"}, 2),
+        ({"proc/self/cgroup": "4:memory:/x\n", "sys/fs/cgroup/memory/memory.oom_control": "oom_kill 1\n"}, 1),
+        ({"proc/self/cgroup": "0::/\n", "proc/vmstat": "nr_free_pages 7\noom_kill 5\n"}, 5),
+        ({"proc/vmstat": "nr_free_pages 7\n"}, None),
+    ],
+    ids=["cgroup 2", "cgroup 1 seen from a container", "the machine", "nowhere"],
+)
+def test_kills_for_memory_are_counted_where_the_kernel_counts_them(
+    tmp_path: Path, files: dict[str, str], count: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert oom_kills(tmp_path) == count

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,10 +40,9 @@ from raytune_autotuner.engine.simulated.model import (
 from raytune_autotuner.engine.simulated.startup import parser
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Kind, Stage
+from tests.simulated_server import TIMEOUT_S, Server, events
 
 QUIET = Hardware(noise=0.0)
-TIMEOUT_S = 30
-COMMAND = (sys.executable, "-m", "raytune_autotuner.engine.simulated")
 
 
 # --- the pure model ---
@@ -188,6 +184,18 @@ def test_the_prefix_cache_saves_the_shared_part_until_it_is_reset() -> None:
     assert scheduler.counters.prefix_hits == 63
 
 
+def test_what_a_preempted_request_finds_of_its_own_is_no_hit() -> None:
+    scheduler = Scheduler(
+        Setting(max_model_len=200, kv_cache_memory_bytes=400 * QUIET.kv_bytes_per_token), QUIET, seed=1
+    )
+    for index in range(4):
+        scheduler.add(Request(index, 80, 100, prefix=tuple(range(index * 10, index * 10 + 5))))
+    while not scheduler.idle:
+        scheduler.step()
+    assert scheduler.counters.preemptions > 0
+    assert (scheduler.counters.prefix_queries, scheduler.counters.prefix_hits) == (4 * 80, 0)
+
+
 def test_starts_differ_by_the_stated_noise() -> None:
     factors = [Scheduler(Setting(), Hardware(noise=0.03), seed).start_factor for seed in range(400)]
     assert statistics.stdev(factors) == pytest.approx(0.03, rel=0.2)
@@ -297,72 +305,6 @@ def test_a_fault_spoils_its_share_of_the_requests(after: int, share: float) -> N
 # --- the server ---
 
 
-class Server:
-    """A started simulated engine; what it printed is in `lines`."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.port = free_port()
-        self.log = folder / f"engine-{self.port}.log"
-        command = [*COMMAND, "--port", str(self.port), "--model", "m", "--seed", "1", *flags]
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-
-    @property
-    def lines(self) -> list[str]:
-        return self.log.read_text().splitlines()
-
-    def wait_ready(self) -> Server:
-        self.wait_until(lambda: self.process.poll() is not None or self.printed("Application startup complete."))
-        assert self.process.poll() is None, self.log.read_text()
-        return self
-
-    def printed(self, text: str) -> bool:
-        return text in self.log.read_text()
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        until = time.monotonic() + TIMEOUT_S
-        while not condition():
-            assert time.monotonic() < until, self.log.read_text()
-            time.sleep(0.01)
-
-    def wait_exit(self) -> int:
-        return self.process.wait(TIMEOUT_S)
-
-    def request(self, method: str, path: str, body: object = None, timeout_s: float = TIMEOUT_S) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
-        with contextlib.closing(connection):
-            connection.request(method, path, None if body is None else json.dumps(body))
-            response = connection.getresponse()
-            return response.status, response.read()
-
-    def complete(self, **more: Any) -> tuple[int, bytes]:
-        body = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True, **more}
-        return self.request("POST", "/v1/completions", body)
-
-    def stream(self, **more: Any) -> list[str]:
-        status, answer = self.complete(stream=True, stream_options={"include_usage": True}, **more)
-        assert status == 200
-        return events(answer)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(TIMEOUT_S)
-
-
-def events(answer: bytes) -> list[str]:
-    parts = answer.decode().split("\n\n")
-    assert parts.pop() == ""
-    assert all(part.startswith("data: ") for part in parts)
-    return [part.removeprefix("data: ") for part in parts]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A healthy server for all that does not break it."""
@@ -445,6 +387,8 @@ def test_a_text_prompt_counts_a_token_for_four_characters(server: Server) -> Non
         ({"max_tokens": 0}, 400, "max_tokens must be at least 1"),
         ({"prompt": []}, 400, "prompt must be"),
         ({"prompt": ["a", "b"]}, 400, "prompt must be"),
+        ({"prompt_logprobs": 21}, 400, "prompt_logprobs must be an integer from 0 to 20"),
+        ({"prompt_logprobs": True}, 400, "prompt_logprobs must be"),
     ],
 )
 def test_a_bad_request_is_refused_in_the_wire_form_of_errors(
@@ -471,6 +415,19 @@ def test_metrics_count_tokens_under_vllms_names(server: Server) -> None:
     assert after["generation_tokens_total"] - before["generation_tokens_total"] == 7
     assert after["num_requests_running"] == after["num_requests_waiting"] == after["kv_cache_usage_perc"] == 0
     assert "num_preemptions_total" in after
+
+
+def test_prompt_log_probabilities_come_in_vllms_form(server: Server) -> None:
+    choice = json.loads(server.complete(prompt="one two three", prompt_logprobs=0)[1])["choices"][0]
+    first, *others = choice["prompt_logprobs"]
+    assert first is None
+    assert len(others) == 3
+    for entry in others:
+        ((token, told),) = entry.items()
+        assert token.isdigit()
+        assert told["logprob"] < 0
+        assert told.keys() == {"logprob", "rank", "decoded_token"}
+    assert json.loads(server.complete()[1])["choices"][0]["prompt_logprobs"] is None
 
 
 def test_the_prefix_cache_is_reset_on_request(server: Server) -> None:

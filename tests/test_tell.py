@@ -18,7 +18,8 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from raytune_autotuner.score.objective import assess, assess_failure
+from raytune_autotuner.score.objective import assess
+from raytune_autotuner.score.pareto import pareto_front
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params, SearchSpace, parse_space
@@ -44,13 +45,18 @@ NODE_LOST = Failure(Stage.LOAD, Kind.WORKER_LOST, Blame.ENVIRONMENT, "the node w
 DIRECTIONS = ["maximize", "minimize"]
 
 
-def make_study(direction: str = "maximize", grade: str = "progress", metric: str = "ttft_ms_p99") -> Study:
+def make_study(
+    direction: str = "maximize",
+    grade: str = "progress",
+    metric: str = "ttft_ms_p99",
+    also: dict[str, str] | None = None,
+) -> Study:
     return parse_study(
         {
             "study": "s",
             "model": "m",
             "search_space": {"max-num-seqs": {"int": [1, 64]}},
-            "objective": {direction: metric, "slo": {"itl_ms": {"p99": 100}}},
+            "objective": {direction: metric, "slo": {"itl_ms": {"p99": 100}}, **(also or {})},
             "penalty": {"grade": grade},
             "trial": {"timeout_s": 600},
         }
@@ -64,10 +70,12 @@ class Told:
         self.study = study
         self.teller = Teller(study)
         self.rows: list[TrialRow] = []
-        self.ot_study = optuna.create_study(direction=study.objective.direction, storage=storage, study_name="s")
+        directions = [direction for _, direction in study.objective.targets]
+        self.ot_study = optuna.create_study(directions=directions, storage=storage, study_name="s")
 
-    def measured(self, score: float, itl_ms: float = 50.0, params: Params | None = None) -> FrozenTrial:
-        metrics = {self.study.objective.metric: score, "itl_ms_p99": itl_ms}
+    def measured(self, *scores: float, itl_ms: float = 50.0, params: Params | None = None) -> FrozenTrial:
+        names = [name for name, _ in self.study.objective.targets]
+        metrics = dict(zip(names, scores, strict=True)) | {"itl_ms_p99": itl_ms}
         return self.ended(TrialResult(metrics, None, {"total": 60.0}), State.MEASURED, params)
 
     def failed(self, failure: Failure = OOM, elapsed_s: float = 60.0) -> FrozenTrial:
@@ -78,6 +86,7 @@ class Told:
         params = suggest(trial, self.study.space) if params is None else params
         worth = assess(self.study, result)
         row = TrialRow(trial.number, "id", "", params, state, result, worth.score, worth.violation, worth.penalty)
+        row = replace(row, scores=worth.scores)
         self.teller.tell(self.ot_study, trial, row)
         self.rows.append(row)
         return self.ot_study.trials[trial.number]
@@ -302,15 +311,69 @@ def test_a_failure_that_only_assess_found_is_told_with_its_cause() -> None:
     assert told.ot_study.trials[0].user_attrs["kind"] == "bad-responses"
 
 
-def test_several_objectives_each_have_their_worst_value_and_their_bad_side() -> None:
-    study = make_study()
-    ot_study = optuna.create_study(directions=["maximize", "minimize"])
-    trial = ot_study.ask()
-    suggest(trial, study.space)
-    worth = assess_failure(study, OOM)
-    row = TrialRow(0, "id", "", {}, State.FAILED, TrialResult({}, OOM), None, worth.violation, worth.penalty)
-    Teller(study).tell(ot_study, trial, row)
-    assert ot_study.trials[0].values == [0.0, 600_000.0]
+def two_objectives(grade: str = "progress") -> Told:
+    """Throughput to make large, and the time to the first token small."""
+    return Told(make_study("maximize", grade, "output_throughput_tok_s", {"minimize": "ttft_ms_mean"}))
+
+
+def test_several_objectives_are_all_told_in_their_order(storage: BaseStorage) -> None:
+    study = make_study("minimize", metric="ttft_ms_mean", also={"maximize": "output_throughput_tok_s"})
+    trial = Told(study, storage).measured(120.0, 80.0)
+    assert (trial.values, trial.constraints) == ([120.0, 80.0], {CONSTRAINT: -0.5})
+
+
+def test_a_failure_has_the_worst_value_of_each_objective() -> None:
+    told = two_objectives()
+    assert told.failed().values == [0.0, 600_000.0]
+    told.measured(120.0, 80.0)
+    told.measured(100.0, 20.0, itl_ms=900.0)
+    assert told.failed().values == [100.0, 80.0]
+
+
+@pytest.mark.parametrize(("grade", "cost"), [("elapsed", 750.0), ("infinite", math.inf)])
+def test_a_penalty_is_on_the_bad_side_of_each_objective(grade: str, cost: float) -> None:
+    told = two_objectives(grade)
+    assert told.failed(elapsed_s=300).values == [-cost, cost]
+    assert told.measured(120.0, 80.0, itl_ms=200.0).values == [60.0, 160.0]
+
+
+def test_the_elapsed_grade_warns_of_any_objective_that_a_failure_beats(caplog: pytest.LogCaptureFixture) -> None:
+    told = two_objectives("elapsed")
+    with caplog.at_level(logging.WARNING):
+        told.failed()
+        told.measured(5.0, 5000.0)
+    (warning,) = warnings_of(caplog)
+    assert "to minimize" in warning
+
+
+def test_neither_a_failure_nor_a_missed_slo_is_on_optunas_front() -> None:
+    told = two_objectives()
+    told.failed()
+    told.measured(9000.0, 1.0, itl_ms=101.0)
+    good = [told.measured(100.0, 50.0), told.measured(200.0, 90.0)]
+    told.measured(90.0, 60.0)
+    told.failed()
+    assert [trial.number for trial in told.ot_study.best_trials] == [trial.number for trial in good]
+    assert [row.number for row in pareto_front(told.rows, ("maximize", "minimize"))] == [t.number for t in good]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([50, 200])), min_size=1, max_size=8))
+def test_our_front_is_optunas(trials: list[tuple[int, int, int]]) -> None:
+    told = two_objectives()
+    for throughput, ttft, itl_ms in trials:
+        told.measured(float(throughput), float(ttft), itl_ms=float(itl_ms))
+    ours = pareto_front(told.rows, ("maximize", "minimize"))
+    assert {row.number for row in ours} == {trial.number for trial in told.ot_study.best_trials}
+
+
+def test_a_row_from_before_there_were_several_objectives_is_told_by_its_score() -> None:
+    told = Told(make_study())
+    trial = told.ot_study.ask()
+    params = suggest(trial, told.study.space)
+    row = TrialRow(0, "id", "", params, State.MEASURED, TrialResult(), 42.0, -0.5)
+    told.teller.tell(told.ot_study, trial, row)
+    assert told.ot_study.trials[0].value == 42.0
 
 
 def test_long_evidence_is_cut() -> None:
@@ -325,6 +388,7 @@ def test_long_evidence_is_cut() -> None:
         ("duration_s", 600.0),
         ("total_s_mean", 600.0),
         ("output_throughput_tok_s", 600_000.0),
+        ("failed_share@c16", 1.0),
     ],
 )
 def test_the_ceiling_is_the_deadline_in_the_metrics_unit(metric: str, ceiling: float) -> None:

@@ -69,7 +69,6 @@ def test_what_an_engine_prints_while_it_is_ended_is_not_why_its_trial_ended(
     reporter.suggested("abc", {}, {})
     reporter.started("abc")
     trial_dir = folder.trial_dir(0, "abc")
-    trial_dir.mkdir(parents=True)
     log = "termload.log" if cause is not Cause.EXITED else "kvsmall.log"
     (trial_dir / "engine.log").write_bytes((LOGS / log).read_bytes())
     (trial_dir / "process.json").write_text(json.dumps({"cause": cause}))

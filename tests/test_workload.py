@@ -45,31 +45,31 @@ def test_wrong_traffic_is_refused_with_its_text(text: str) -> None:
 @given(a=tokens, b=tokens)
 def test_fixed_lengths_are_exact(a: int, b: int) -> None:
     requests = generate(closed(traffic=f"D({a},{b})", requests=5), C4)
-    assert {(len(request.prompt_token_ids), request.tokens_out) for request in requests} == {(a, b)}
+    assert {(len(request.prompt), request.tokens_out) for request in requests} == {(a, b)}
 
 
 @given(low=tokens, spread=tokens, seed=st.integers())
 def test_uniform_lengths_stay_in_their_range(low: int, spread: int, seed: int) -> None:
     workload = closed(traffic=f"U({low},{low + spread})/({low},{low})", requests=30, seed=seed)
     requests = generate(workload, C4)
-    assert all(low <= len(request.prompt_token_ids) <= low + spread for request in requests)
+    assert all(low <= len(request.prompt) <= low + spread for request in requests)
     assert {request.tokens_out for request in requests} == {low}
 
 
 def test_both_ends_of_a_uniform_range_occur() -> None:
     requests = generate(closed(traffic="U(3,5)/(1,2)", requests=200), C4)
-    assert {len(request.prompt_token_ids) for request in requests} == {3, 4, 5}
+    assert {len(request.prompt) for request in requests} == {3, 4, 5}
     assert {request.tokens_out for request in requests} == {1, 2}
 
 
 @given(mean=tokens, sd=tokens, seed=st.integers(0, 2**70))
 def test_normal_lengths_are_at_least_one_token(mean: int, sd: int, seed: int) -> None:
     requests = generate(closed(traffic=f"N({mean},{sd})/({mean},{sd})", requests=30, seed=seed), C4)
-    assert all(request.tokens_out >= 1 and len(request.prompt_token_ids) >= 1 for request in requests)
+    assert all(request.tokens_out >= 1 and len(request.prompt) >= 1 for request in requests)
 
 
 def test_normal_lengths_have_their_mean_and_spread() -> None:
-    drawn = [len(r.prompt_token_ids) for r in generate(closed(traffic="N(300,20)/(5,0)", requests=2000), C4)]
+    drawn = [len(r.prompt) for r in generate(closed(traffic="N(300,20)/(5,0)", requests=2000), C4)]
     assert np.mean(drawn) == pytest.approx(300, abs=2)
     assert np.std(drawn) == pytest.approx(20, abs=2)
 
@@ -86,7 +86,7 @@ def test_each_level_round_phase_and_seed_sends_other_prompts() -> None:
         generate(closed(**small, seed=seed), level, number, phase)
         for seed, level, number, phase in itertools.product((0, 1), (C4, R5), (0, 1), phases)
     ]
-    prompts = [tuple(request.prompt_token_ids[:16]) for requests in loads for request in requests]
+    prompts = [tuple(request.prompt[:16]) for requests in loads for request in requests]
     assert len(set(prompts)) == len(prompts) == 128
 
 
@@ -100,7 +100,7 @@ def test_each_phase_has_its_own_number_of_requests() -> None:
 
 @given(vocab_size=st.integers(2, 200_000))
 def test_prompt_ids_are_in_the_vocabulary(vocab_size: int) -> None:
-    ids = [i for r in generate(closed(requests=4), C4, vocab_size=vocab_size) for i in r.prompt_token_ids]
+    ids = [int(i) for r in generate(closed(requests=4), C4, vocab_size=vocab_size) for i in r.prompt]
     assert max(ids) < vocab_size
     assert min(ids) >= min(1000, vocab_size // 2)
 
@@ -128,3 +128,14 @@ def test_levels_keep_the_studys_order_and_occur_once() -> None:
     assert levels(closed(concurrency=[16, 4, 16])) == [Level("c16", concurrency=16), Level("c4", concurrency=4)]
     opened = Workload.model_validate({"request_rate_rps": [2.5, 10]})
     assert levels(opened) == [Level("r2.5", rate_rps=2.5), Level("r10", rate_rps=10.0)]
+
+
+def test_another_seed_offset_is_another_load() -> None:
+    workload = closed(traffic="N(40,10)/(8,2)")
+    assert generate(workload, C4, seed_offset=1) == generate(workload, C4, seed_offset=1)
+    assert generate(workload, C4, seed_offset=1) != generate(workload, C4)
+
+
+@pytest.mark.parametrize(("level", "is_open"), [(C4, False), (R5, True), (Level("trace", trace=True), True)])
+def test_a_level_says_whether_requests_wait_for_answers(level: Level, is_open: bool) -> None:
+    assert level.open_loop is is_open

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raytune_autotuner.engine.reading import LogRules
+from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params
 
 
@@ -31,6 +32,16 @@ class Engine(Protocol):
 
     def preflight(self) -> None:
         """Raise `ConfigError` where no trial could ever start: engine not installed, model or parameter unknown."""
+
+    def refuse(self, params: Params) -> Failure | None:
+        """The failure that a start of the setting would certainly end with, found without one; None: it may be started.
+
+        Milliseconds, but for the first one, which may wait until the engine's own check is warm. Where the engine
+        cannot be asked, or what it says may not hold on a trial's node, nothing is refused.
+        """
+
+    def close(self) -> None:
+        """End what `preflight` and `refuse` keep running; harmless where nothing runs, and both may be called again."""
 
     def launch(self, params: Params, port: int) -> Launch:
         """The command that serves the setting `params` on 127.0.0.1:`port`."""

@@ -1,7 +1,7 @@
-"""The memory of a trial's GPUs: the level before its engine, and whether it is back after it.
+"""A trial's GPUs, asked of NVML: whether their memory is back after the engine, and the energy of a load.
 
-NVML by ctypes, for the supervisor that asks has no packages. Where there is no NVML, or it does not know a GPU, that
-GPU is simply not watched. Standard library only.
+By ctypes, for the supervisor that asks has no packages. GPUs are named by index, in the order of the PCI bus, or by
+UUID. Where there is no NVML, or it does not know a GPU, that GPU is simply not watched. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ RETURN_S = 5.0
 """How long the driver may take to give memory back after the last process is gone."""
 _POLL_S = 0.1
 _MIB = 2**20
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+_LIBRARY = "libnvidia-ml.so.1"
 
 
 class GpuMemory:
-    """Memory in use on some GPUs, by index or UUID, in MiB."""
+    """Memory in use on some GPUs, in MiB."""
 
     def __init__(self, gpus: Iterable[str]) -> None:
         self._gpus = tuple(gpus)
-        self._nvml: ctypes.CDLL | None = None
+        self._nvml: _Nvml | None = None
         self._before: dict[str, int] = {}
         self._after: dict[str, int] = {}
 
     def remember(self) -> None:
         """Take the level from before the engine."""
-        self._nvml = _load() if self._gpus else None
+        self._nvml = _Nvml() if self._gpus else None
         self._before = self._read()
 
     def measure(self) -> None:
@@ -50,34 +47,88 @@ class GpuMemory:
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
-        """GPU to its level before and at the last measurement."""
+        """GPU to its level before and at the last measurement; without those that gave none."""
         return {gpu: (level, self._after[gpu]) for gpu, level in self._before.items() if gpu in self._after}
 
     @property
     def held(self) -> tuple[str, ...]:
-        """GPUs that have not come back."""
-        return tuple(gpu for gpu, (before, after) in self.levels.items() if after > before + TOLERANCE_MIB)
+        """GPUs that have not come back: their memory is still taken, or they do not answer any more."""
+        return tuple(
+            gpu for gpu, before in self._before.items() if gpu not in self._after or self._has_more(gpu, before)
+        )
+
+    def _has_more(self, gpu: str, before: int) -> bool:
+        return self._after[gpu] > before + TOLERANCE_MIB
 
     def _read(self) -> dict[str, int]:
-        found = ((gpu, self._used(gpu)) for gpu in self._gpus)
+        if self._nvml is None:
+            return {}
+        found = ((gpu, self._nvml.used_mib(gpu)) for gpu in self._gpus)
         return {gpu: used for gpu, used in found if used is not None}
 
-    def _used(self, gpu: str) -> int | None:
+
+class EnergyMeter:
+    """The energy that some GPUs take from the meter's making on, whoever uses them.
+
+    Example:
+        meter = EnergyMeter(["0", "1"])
+        ...  # the load
+        meter.joules
+    """
+
+    def __init__(self, gpus: Iterable[str]) -> None:
+        self._gpus = tuple(gpus)
+        self._nvml = _Nvml() if self._gpus else None
+        self._before_mj = self._read_mj()
+
+    @property
+    def joules(self) -> float | None:
+        """Of all the GPUs together until now; None where one of them does not count, or there is none."""
+        now_mj = self._read_mj()
+        return None if now_mj is None or self._before_mj is None else (now_mj - self._before_mj) / 1000
+
+    def _read_mj(self) -> int | None:
         if self._nvml is None:
             return None
-        handle, memory = ctypes.c_void_p(), _Memory()
+        counted = [self._nvml.energy_mj(gpu) for gpu in self._gpus]
+        known = [energy for energy in counted if energy is not None]
+        return sum(known) if len(known) == len(counted) else None
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class _Nvml:
+    """The few questions; each answer is None where NVML is not there, or gives an error."""
+
+    def __init__(self) -> None:
+        self._library = _load()
+
+    def used_mib(self, gpu: str) -> int | None:
+        memory = _Memory()
+        return int(memory.used) // _MIB if self._ask("nvmlDeviceGetMemoryInfo", gpu, memory) else None
+
+    def energy_mj(self, gpu: str) -> int | None:
+        """Since the driver was loaded."""
+        energy = ctypes.c_ulonglong()
+        return energy.value if self._ask("nvmlDeviceGetTotalEnergyConsumption", gpu, energy) else None
+
+    def _ask(self, function: str, gpu: str, answer: ctypes.Structure | ctypes.c_ulonglong) -> bool:
+        """Fill in `answer`; whether it is one."""
+        if self._library is None or not hasattr(self._library, function):
+            return False
+        handle = ctypes.c_void_p()
         if gpu.isdigit():
-            failed = self._nvml.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(handle))
+            failed = self._library.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(handle))
         else:
-            failed = self._nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(handle))
-        if failed or self._nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
-            return None
-        return int(memory.used) // _MIB
+            failed = self._library.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(handle))
+        return not failed and not self._library[function](handle, ctypes.byref(answer))
 
 
 def _load() -> ctypes.CDLL | None:
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        library = ctypes.CDLL(_LIBRARY)
     except OSError:
         return None
-    return None if nvml.nvmlInit_v2() else nvml
+    return None if library.nvmlInit_v2() else library

@@ -10,6 +10,7 @@ import difflib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_autotuner.engine.memory import Tensor
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
 
 PREFIX = "bundled:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_HEADER_BYTES = 100_000_000
 _CONVERSION = Path(__file__).with_name("gguf_conversion.py")
 
 
@@ -127,6 +130,57 @@ def weight_bytes(folder: Path) -> int:
     config = model_config(folder)
     wide = "float32" in (config.get("torch_dtype"), config.get("dtype"))
     return sum(file.stat().st_size for file in shards or files) // (2 if wide else 1)
+
+
+def local_folder(model: str) -> Path | None:
+    """Where files of `model`, as `resolve` gives it, lie on this machine: its folder, or the hub's cache of it.
+
+    None where there are none. A cached folder may hold its config.json alone.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        repository = hub_cache() / f"models--{model.replace('/', '--')}"
+        try:
+            folder = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def hub_cache() -> Path:
+    """Where the hub's own client keeps what it has fetched, by its documented variables."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def stored_tensors(folder: Path) -> tuple[Tensor, ...]:
+    """The tensors in a folder's safetensors files, by the files' headers; none where they are not all there."""
+    files = [*folder.glob("*.safetensors")]
+    # Some folders hold the same weights twice: in shards, and as one consolidated file.
+    shards = [file for file in files if not file.name.startswith("consolidated")] or files
+    try:
+        told = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        named = set(told["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        named = set()
+    if named - {file.name for file in shards}:
+        return ()
+    try:
+        return tuple(tensor for file in shards if not named or file.name in named for tensor in _header(file))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _header(file: Path) -> Iterator[Tensor]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > _MAX_HEADER_BYTES:
+            raise ValueError(f"{file} is no safetensors file")
+        told = dict(json.loads(stream.read(size)))
+    for name, entry in told.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield Tensor(name, entry["dtype"], math.prod(entry["shape"]), end - begin)
 
 
 def cache_root() -> Path:

@@ -339,3 +339,33 @@ def _reserve_port(host: str) -> tuple[FileLock, int]:
             remedy="See what listens there with `ss -ltnp`.",
         )
     )
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """How many processes the kernel has ended for want of memory so far; None where it does not say.
+
+    Counted in this process's own memory cgroup (version 2, then 1), else on the whole machine. `root` is `/`, or
+    what stands for it.
+    """
+    for path, key in [*_cgroup_counters(root), (root / "proc/vmstat", "oom_kill")]:
+        try:
+            counters = dict(line.split() for line in path.read_text().splitlines())
+            return int(counters[key])
+        except (OSError, KeyError, ValueError):
+            continue
+    return None
+
+
+def _cgroup_counters(root: Path) -> Iterator[tuple[Path, str]]:
+    """The files that count the kills of this process's cgroup, and the counter's name in them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            yield root / "sys/fs/cgroup" / path.lstrip("/") / "memory.events", "oom_kill"
+        elif "memory" in controllers.split(","):
+            for folder in (path.lstrip("/"), ""):  # in a container its own cgroup is mounted as the root
+                yield root / "sys/fs/cgroup/memory" / folder / "memory.oom_control", "oom_kill"

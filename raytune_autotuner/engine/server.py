@@ -24,7 +24,7 @@ from typing import Any
 
 from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.logfile import StampedLog, read_log
-from raytune_autotuner.engine.processes import MARK_VARIABLE, Process, is_free, marked, sweep
+from raytune_autotuner.engine.processes import MARK_VARIABLE, Process, is_free, marked, oom_kills, sweep
 from raytune_autotuner.engine.protocol import SETTLE_S, STUCK_S, Aftermath, Cause, Spec, pack_rules
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.study.errors import TrialFailed
@@ -36,6 +36,7 @@ TRIAL_LOG_NAME = "trial.log"
 _POLL_S = 0.1
 _PROBE_TIMEOUT_S = 2.0
 _MARGIN_S = 5.0
+_SUDDEN_ENDS = (Kind.ENGINE_DIED, Kind.WORKER_LOST, Kind.UNKNOWN)
 # The first process forks and ends, so the supervisor is nobody's child; -I -S keep its start at some 50 ms.
 _BOOT = (
     "import os, sys\n"
@@ -136,6 +137,7 @@ class EngineServer:
         self._served = False
         self._failure: Failure | None = None
         self._report: StopReport | None = None
+        self._oom_kills: int | None = None
         self._socket: socket.socket | None = None
         self._listener: threading.Thread | None = None
 
@@ -153,6 +155,7 @@ class EngineServer:
     def start(self) -> None:
         """Start supervisor and engine; returns at once."""
         self._workdir.mkdir(parents=True, exist_ok=True)
+        self._oom_kills = oom_kills()
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._boot(theirs.fileno())
@@ -335,10 +338,20 @@ class EngineServer:
             evidence=f"the engine ended with {_describe(exit_code)}, and its log does not say why",
             remedy="See the end of engine.log.",
         )
+        failure = self._killed_for_memory(failure)
         if not self._served:
             return failure
         kind = Kind.ENGINE_DIED if failure.kind is Kind.UNKNOWN else failure.kind
         return replace(failure, stage=Stage.LOAD, share=0.0, kind=kind)
+
+    def _killed_for_memory(self, failure: Failure) -> Failure:
+        """The failure, or what is behind it where the kernel has ended one of the engine's processes meanwhile."""
+        now = oom_kills()
+        if now is None or self._oom_kills is None or now <= self._oom_kills or failure.kind not in _SUDDEN_ENDS:
+            return failure
+        evidence = f"the kernel ended a process for want of memory: {failure.evidence}"
+        remedy = "Lower what the setting holds in memory, or give the trial a machine with more."
+        return replace(failure, kind=Kind.OUT_OF_MEMORY, blame=Blame.PARAMETERS, evidence=evidence, remedy=remedy)
 
     @property
     def _reached(self) -> Stage:

@@ -1,35 +1,39 @@
 """vLLM as an engine: its command, its flags, its defaults.
 
-vLLM is never imported here: it is a command in a Python of its own (`engine.python`), asked through
-`vllm_probe.py` which flags it has and which values are in force when a flag is left out.
+vLLM is never imported here: it is a command in a Python of its own (`engine.python`), asked through `vllm_checker`
+which flags it has, which values are in force when a flag is left out, and what it thinks of a setting.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from raytune_autotuner.engine import models
+from raytune_autotuner.engine import memory, models
 from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
 from raytune_autotuner.engine.reading import VLLM_RULES, LogRules, diagnose
+from raytune_autotuner.engine.refusal import refusal
+from raytune_autotuner.engine.vllm_checker import PROBE, Verdict, VllmChecker
 from raytune_autotuner.study.errors import ConfigError, shown
-from raytune_autotuner.study.failure import Kind
+from raytune_autotuner.study.failure import Failure, Kind
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
-PROBE_TIMEOUT_S = 300
+logger = logging.getLogger(__name__)
+
 SHOWN_CHARACTERS = 300
-_PROBE = Path(__file__).with_name("vllm_probe.py")
 # Asks a Python for the vLLM it has, without importing it.
 _ASK_PACKAGES = """
 import importlib.metadata as m, json, sys
@@ -47,10 +51,13 @@ _PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-si
 class VllmEngine:
     """vLLM serving one study's model with its fixed arguments."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, gpu_memory_gib: float | None = None) -> None:
+        """`gpu_memory_gib`: of the smallest GPU that a trial may get; None where nobody knows."""
         self._study = study
         self._python = str(study.engine.python or sys.executable)
+        self._gpu_memory_gib = gpu_memory_gib
         self._answer: dict[str, Any] | None = None
+        self._doubted = False
 
     @property
     def rules(self) -> LogRules:
@@ -80,6 +87,25 @@ class VllmEngine:
             raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} refuses {shown(value)}: {why}.")
         if answer["config_error"]:
             raise ConfigError(self._refusal(f"vLLM {answer['version']}", answer["config_error"]))
+        with suppress(OSError):  # which the first check tells
+            self._checker.start()  # imports vllm while the study starts, so that the first suggestion need not wait
+
+    def refuse(self, params: Params) -> Failure | None:
+        """What vLLM's own parser and configuration check do not take, or what certainly does not fit in memory.
+
+        The baseline is asked about by `preflight`, and only its memory is looked at here.
+        """
+        setting, verdict = self._study.setting(params), Verdict()
+        if params:
+            argv = ["--model", self.model, "--served-model-name", self.served_model, *arguments(setting)]
+            verdict = self._checker.check(argv, environment(setting), memory.IN_FORCE) or verdict
+        if verdict.lines:
+            return self._refused(verdict)
+        return self._shortage({**setting, **verdict.in_force})
+
+    def close(self) -> None:
+        """End the process that checks settings."""
+        self._checker.close()
 
     def defaults(self) -> dict[str, Any]:
         """The values in force at the baseline for parameters of the space, as far as vLLM tells."""
@@ -120,6 +146,45 @@ class VllmEngine:
     def versions(self) -> dict[str, str]:
         """The engine's packages and their versions; empty where none is installed."""
         return self._packages
+
+    @cached_property
+    def _checker(self) -> VllmChecker:
+        return VllmChecker(self._python, self._environment({}))
+
+    def _refused(self, verdict: Verdict) -> Failure | None:
+        failure = refusal(verdict.lines, verdict.exit_code, self.rules)
+        if failure is None and not self._doubted:
+            self._doubted = True
+            logger.info(
+                "vLLM's check on this machine failed for a reason that need not be the setting's: %s. "
+                "Nothing is refused for such reasons; trials will tell.",
+                verdict.lines[-1].strip(),
+            )
+        return failure
+
+    def _shortage(self, setting: dict[str, Any]) -> Failure | None:
+        """Why the setting, with the values in force over it, certainly does not fit in memory; None where it may."""
+        if self._config is None:
+            return None
+        need = memory.demand(self._config, self._weights, setting)
+        if self.uses_gpus:
+            size = None if self._gpu_memory_gib is None else self._gpu_memory_gib * memory.GIB
+        else:  # swap counts: slow is not impossible
+            size = psutil.virtual_memory().total + psutil.swap_memory().total
+        return memory.shortage(need, setting, size, on_cpu=not self.uses_gpus)
+
+    @cached_property
+    def _config(self) -> dict[str, Any] | None:
+        folder = models.local_folder(self.model)
+        return None if folder is None else models.model_config(folder)
+
+    @cached_property
+    def _weights(self) -> memory.Weights | None:
+        folder = models.local_folder(self.model)
+        if folder is None or self._config is None:
+            return None
+        tensors = models.stored_tensors(folder)
+        return memory.stored_weights(self._config, tensors) if tensors else memory.counted_weights(self._config)
 
     @property
     def _entry_point(self) -> tuple[str, ...]:
@@ -209,7 +274,7 @@ class VllmEngine:
             if kept.is_file():
                 self._answer = json.loads(kept.read_text())
             else:
-                self._answer = self._ask(question)
+                self._answer = self._checker.examine(question)
                 if self._answer["config_error"]:
                     return self._answer  # the model may be there, or the hub answer, the next time
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -218,34 +283,13 @@ class VllmEngine:
                 scratch.replace(kept)
         return self._answer
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        try:
-            done = subprocess.run(
-                # As text: run as a file, its folder would stand first on the path, and this module hide vLLM.
-                [self._python, "-c", _PROBE.read_text()],
-                cwd=os.sep,
-                input=json.dumps(question),
-                capture_output=True,
-                text=True,
-                timeout=PROBE_TIMEOUT_S,
-                env={**os.environ, **self._environment({})},
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ConfigError(f"vLLM did not answer which flags it has within {PROBE_TIMEOUT_S} s.") from error
-        lines = done.stdout.strip().splitlines()
-        if done.returncode != 0 or not lines:
-            said = done.stderr.strip().splitlines() or ["no output"]
-            raise ConfigError(f"vLLM in {self._python} cannot be imported (exit code {done.returncode}): {said[-1]}")
-        answer: dict[str, Any] = json.loads(lines[-1])
-        return answer
-
 
 def _given(name: str, value: Any) -> list[Any]:
     return [name, value, flag(name, value) if is_flag(name) else []]
 
 
 def _cache_file(question: dict[str, Any], packages: dict[str, str], python: str) -> Path:
-    key = json.dumps([question, packages, python, _PROBE.read_text()], sort_keys=True, default=str)
+    key = json.dumps([question, packages, python, PROBE], sort_keys=True, default=str)
     return models.cache_root() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 

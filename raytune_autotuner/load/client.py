@@ -3,8 +3,8 @@
 `run` (or `measure`, its blocking form) sends requests to an OpenAI-compatible `/v1/completions` and takes down when
 each token arrived. It knows a base URL and a model name; nothing of engines, parameters, metrics or scores.
 
-The client watches itself: `LoadRun.client_limited` says that its own CPU share was so high that latencies are partly
-its own, and `max_loop_lag_ms` for how long it looked away at worst.
+The client watches itself: `LoadRun.trouble` says why a load is no measurement, though all of its requests may have been
+answered: the client had no time for its sockets, or the clock jumped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from raytune_autotuner.load.connection import Pool
 from raytune_autotuner.load.stream import BadAnswer, TokenStream, short
+from raytune_autotuner.load.trouble import Clocks, Trouble, find_trouble
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.records import RequestRecord
-
-MAX_CPU_SHARE = 0.7
-"""Above this share of one core in use, tokens wait for the client: the measurement is not the engine's any more."""
 
 _PULSE_S = 0.05
 _BEATS_A_LOOK = 10
@@ -48,9 +46,11 @@ class LoadRun:
     started_at: float
     """When the records' clock started, in seconds since the epoch."""
     client_cpu_share: float
-    """CPU seconds of this process per second of load."""
-    max_loop_lag_ms: float
-    """The longest time for which the client was too busy to look at its sockets."""
+    """CPU seconds of the client per second of load."""
+    loop_lags_ms: tuple[float, ...] = field(default=(), repr=False)
+    """How late the client looked at its sockets, asked every 50 ms; empty where the client does not tell."""
+    clock_jump_s: float = 0.0
+    """How much further the wall clock went than the monotonic one, from the load's start to its end."""
 
     @property
     def duration_s(self) -> float:
@@ -58,9 +58,14 @@ class LoadRun:
         return max((record.end_s for record in self.records), default=0.0)
 
     @property
-    def client_limited(self) -> bool:
-        """Whether the client itself was the bottleneck: what it measured says little about the engine."""
-        return self.client_cpu_share > MAX_CPU_SHARE
+    def max_loop_lag_ms(self) -> float:
+        """The longest time for which the client was too busy to look at its sockets."""
+        return max(self.loop_lags_ms, default=0.0)
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why this load says little about the engine, or None."""
+        return find_trouble(self.records, self.client_cpu_share, self.loop_lags_ms, self.clock_jump_s)
 
 
 async def run(
@@ -118,7 +123,7 @@ def completion_probe(base_url: str, model: str, timeout_s: float) -> bool:
 def _body(model: str, request: Request) -> bytes:
     body = {
         "model": model,
-        "prompt": request.prompt_token_ids,
+        "prompt": request.prompt,
         "max_tokens": request.tokens_out,
         "min_tokens": request.tokens_out,
         "ignore_eos": True,
@@ -158,14 +163,21 @@ class _Load:
                 check()
 
         pulse = _Pulse(look)
-        started_at, cpu_s = time.time(), time.process_time()
+        clocks, cpu_s = Clocks.now(), time.process_time()
         self._start = time.monotonic()
         complete = time.monotonic() < deadline and await self._drive(self._sender(pairs), pulse, deadline)
         cpu_s, wall_s = time.process_time() - cpu_s, time.monotonic() - self._start
         if on_progress:
             on_progress(len(self._records), len(pairs), self._failed)
-        records = tuple(sorted(self._records, key=lambda record: record.index))
-        return LoadRun(records, len(pairs), complete, started_at, cpu_s / wall_s, pulse.max_lag_s * 1e3)
+        return LoadRun(
+            tuple(sorted(self._records, key=lambda record: record.index)),
+            len(pairs),
+            complete,
+            clocks.wall_s,
+            cpu_s / wall_s,
+            tuple(pulse.lags_ms),
+            clocks.jump_s(Clocks.now()),
+        )
 
     async def _drive(self, sender: Coroutine[Any, Any, None], pulse: _Pulse, deadline: float) -> bool:
         """Run the sender beside the pulse until one ends or the deadline comes; whether all was sent and answered."""
@@ -184,7 +196,7 @@ class _Load:
         return complete
 
     def _sender(self, pairs: Sequence[tuple[Request, bytes]]) -> Coroutine[Any, Any, None]:
-        return self._closed_loop(pairs) if self._level.rate_rps is None else self._open_loop(pairs)
+        return self._open_loop(pairs) if self._level.open_loop else self._closed_loop(pairs)
 
     async def _closed_loop(self, pairs: Sequence[tuple[Request, bytes]]) -> None:
         queue = iter(pairs)
@@ -272,7 +284,7 @@ class _Pulse:
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
-        self.max_lag_s = 0.0
+        self.lags_ms: list[float] = []
 
     async def run(self) -> None:
         """Beat until cancelled; raises what `look` raises."""
@@ -281,7 +293,7 @@ class _Pulse:
             due = now + _PULSE_S
             await asyncio.sleep(due - time.monotonic())
             now = time.monotonic()
-            self.max_lag_s = max(self.max_lag_s, now - due)
+            self.lags_ms.append(max(now - due, 0.0) * 1e3)
             if beat % _BEATS_A_LOOK == 0:
                 self._look()
 

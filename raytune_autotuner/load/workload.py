@@ -2,18 +2,22 @@
 
 In: the study's `workload` section. Out: requests with exact token counts and sending times, the same for every trial
 of a study, and others for each load level, each round and the warm-up. It sends nothing and knows no engine.
+
+Three kinds of traffic: drawn from a distribution of lengths (with shared beginnings where `prefix` asks for them), the
+prompts of a dataset, or the arrivals of a trace.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from raytune_autotuner.load.datasets import read_dataset, read_trace
 from raytune_autotuner.score.records import Phase
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Workload
@@ -26,14 +30,19 @@ VOCAB_SIZE = 30_000
 _FIXED = re.compile(r"D\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _SPREAD = re.compile(r"([NU])\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*/\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _PHASES: tuple[Phase, ...] = ("warmup", "measure")
+# Last numbers of a seed: what is drawn for a whole study is drawn from other seeds than what is drawn for a load.
+_PREFIXES, _WARMUP_LINES = 1, 2
+
+Prompt: TypeAlias = str | list[int]
+"""Token ids, so that the length is exact without a tokenizer; or a dataset's text, whose tokens the server counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request to send: its prompt as token ids, so that its length is exact without a tokenizer."""
+    """One request to send."""
 
     index: int
-    prompt_token_ids: list[int]
+    prompt: Prompt
     tokens_out: int
     """Output tokens to generate, no more and no fewer."""
     scheduled_s: float = 0.0
@@ -44,12 +53,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A load level: requests in flight (closed loop) or requests per second (open loop); one of the two is None."""
+    """A load level: requests in flight (closed loop), requests per second (open loop), or a trace's own arrivals."""
 
     label: str
-    """`c16` or `r2.5`."""
+    """`c16`, `r2.5` or `trace`."""
     concurrency: int | None = None
     rate_rps: float | None = None
+    trace: bool = False
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether requests are sent when they are due, answered or not."""
+        return self.trace or self.rate_rps is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,41 +119,124 @@ def _lengths(shape: str, text: str, a: int, b: int = 0) -> Lengths:
     return Lengths("U", a, b)
 
 
+def check_traffic(workload: Workload) -> None:
+    """Raise `ConfigError` where the workload's traffic cannot be made: a bad file, lengths that make no sense."""
+    if workload.dataset is None and workload.trace is None:
+        parse_traffic(workload.traffic)
+    elif workload.prefix is not None:
+        name = "dataset" if workload.dataset is not None else "trace"
+        raise ConfigError(f"workload.prefix: goes before drawn prompts, but workload.{name} is set; leave one out.")
+    elif workload.dataset is not None:
+        read_dataset(workload.dataset)
+    elif workload.trace is not None:
+        read_trace(workload.trace, workload.requests)
+
+
 def levels(workload: Workload) -> list[Level]:
     """The load levels in the study's order, each once."""
+    if workload.trace is not None:
+        return [Level("trace", trace=True)]
     closed = [Level(f"c{concurrency}", concurrency=concurrency) for concurrency in workload.concurrency]
     opened = [Level(f"r{rate:g}", rate_rps=rate) for rate in workload.request_rate_rps]
     return list({level.label: level for level in closed + opened}.values())
 
 
 def generate(
-    workload: Workload, level: Level, round: int = 0, phase: Phase = "measure", *, vocab_size: int = VOCAB_SIZE
+    workload: Workload,
+    level: Level,
+    round: int = 0,
+    phase: Phase = "measure",
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    seed_offset: int = 0,
 ) -> list[Request]:
-    """The requests of one load, always the same ones for the same arguments.
+    """The requests of one load, always the same ones for the same arguments; `seed_offset` gives a study other ones.
 
-    Prompts are random token ids, so that no two share a prefix that a cache could serve.
+    Prompts are random token ids, so that none begins as another does, beyond the prefixes that the study asks for.
     """
-    count = workload.requests if phase == "measure" else workload.warmup_requests
-    rng = np.random.default_rng([workload.seed % 2**64, _PHASES.index(phase), round, zlib.crc32(level.label.encode())])
-    traffic = parse_traffic(workload.traffic)
-    tokens_in, tokens_out = traffic.tokens_in.draw(rng, count), traffic.tokens_out.draw(rng, count)
-    arrivals = _arrivals(rng, level, count)
+    draw = _Draw(workload, level, round, phase, seed_offset, vocab_size)
     return [
-        Request(index, _prompt(rng, length, vocab_size), tokens_out[index], arrivals[index], round, phase)
-        for index, length in enumerate(tokens_in)
+        Request(index, prompt, tokens_out, due_s, round, phase)
+        for index, (prompt, tokens_out, due_s) in enumerate(draw.bodies())
     ]
 
 
-def _prompt(rng: np.random.Generator, length: int, vocab_size: int) -> list[int]:
-    low = min(FIRST_PLAIN_TOKEN, vocab_size // 2)
-    ids: list[int] = rng.integers(low, vocab_size, size=length).tolist()
-    return ids
+class _Draw:
+    """The numbers of one load, drawn from its seed."""
 
+    def __init__(
+        self, workload: Workload, level: Level, round: int, phase: Phase, seed_offset: int, vocab_size: int
+    ) -> None:
+        self._workload = workload
+        self._level = level
+        self._phase: Phase = phase
+        self._vocab_size = vocab_size
+        self._seed = (workload.seed + seed_offset) % 2**64
+        self._rng = self._generator(_PHASES.index(phase), round, zlib.crc32(level.label.encode()))
+        self._count = workload.requests if phase == "measure" else workload.warmup_requests
 
-def _arrivals(rng: np.random.Generator, level: Level, count: int) -> Sequence[float]:
-    """Due times: gaps as of a Poisson process, scaled so that the mean rate is exactly the level's."""
-    if level.rate_rps is None or count == 0:
-        return [0.0] * count
-    due = np.cumsum(rng.exponential(size=count))
-    times: list[float] = (due * (count / level.rate_rps / due[-1])).tolist()
-    return times
+    def bodies(self) -> Iterable[tuple[Prompt, int, float]]:
+        """Prompt, output tokens and due time of each request."""
+        if self._level.trace:
+            return self._traced()
+        return self._drawn() if self._workload.dataset is None else self._sampled()
+
+    def _drawn(self) -> Iterable[tuple[Prompt, int, float]]:
+        traffic = parse_traffic(self._workload.traffic)
+        tokens_in = traffic.tokens_in.draw(self._rng, self._count)
+        tokens_out = traffic.tokens_out.draw(self._rng, self._count)
+        arrivals = self._arrivals()
+        prompts = [self._token_ids(self._rng, length) for length in tokens_in]
+        return zip(self._prefixed(prompts), tokens_out, arrivals, strict=True)
+
+    def _sampled(self) -> Iterable[tuple[Prompt, int, float]]:
+        assert self._workload.dataset is not None
+        samples = read_dataset(self._workload.dataset)
+        lines = self._lines(len(samples))
+        drawn: list[int] = []
+        while len(drawn) < self._count:
+            drawn += self._rng.permutation(lines).tolist()
+        return [
+            (samples[line].prompt, samples[line].tokens_out, due_s)
+            for line, due_s in zip(drawn[: self._count], self._arrivals(), strict=True)
+        ]
+
+    def _traced(self) -> Iterable[tuple[Prompt, int, float]]:
+        assert self._workload.trace is not None
+        for arrival in read_trace(self._workload.trace, self._workload.requests)[: self._count]:
+            yield self._token_ids(self._rng, arrival.tokens_in), arrival.tokens_out, arrival.due_s
+
+    def _lines(self, count: int) -> list[int]:
+        """The lines of a dataset that this phase takes: warm-up keeps some to itself where there are enough."""
+        workload = self._workload
+        order: list[int] = self._generator(0, 0, 0, _WARMUP_LINES).permutation(count).tolist()
+        if count < workload.requests + workload.warmup_requests:
+            return order
+        kept = workload.warmup_requests
+        return order[:kept] if self._phase == "warmup" else order[kept:]
+
+    def _prefixed(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The prompts behind one of the study's shared prefixes each; warm-up has prefixes of its own."""
+        spec = self._workload.prefix
+        if spec is None:
+            return prompts
+        rng = self._generator(_PHASES.index(self._phase), 0, 0, _PREFIXES)
+        prefixes = [self._token_ids(rng, spec.tokens) for _ in range(spec.groups)]
+        groups = self._rng.integers(spec.groups, size=len(prompts)).tolist()
+        return [prefixes[group] + prompt for group, prompt in zip(groups, prompts, strict=True)]
+
+    def _arrivals(self) -> Sequence[float]:
+        """Due times: gaps as of a Poisson process, scaled so that the mean rate is exactly the level's."""
+        if self._level.rate_rps is None or self._count == 0:
+            return [0.0] * self._count
+        due = np.cumsum(self._rng.exponential(size=self._count))
+        times: list[float] = (due * (self._count / self._level.rate_rps / due[-1])).tolist()
+        return times
+
+    def _token_ids(self, rng: np.random.Generator, length: int) -> list[int]:
+        low = min(FIRST_PLAIN_TOKEN, self._vocab_size // 2)
+        ids: list[int] = rng.integers(low, self._vocab_size, size=length).tolist()
+        return ids
+
+    def _generator(self, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *numbers])

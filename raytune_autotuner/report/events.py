@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.status import LiveTrial
-from raytune_autotuner.report.verdict import best_so_far, describe_params, format_number
+from raytune_autotuner.report.verdict import best_so_far
+from raytune_autotuner.report.wording import describe_params, format_number, verification_of
+from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
@@ -59,6 +61,8 @@ class Events:
 
     def _start(self, row: TrialRow) -> str:
         again = "" if row.retry_of is None else f" again (was trial {row.retry_of})"
+        if purpose := verification_of(row, self._study.verify.restarts):
+            return f"started{again}: {purpose}"
         if row.name:
             return f"started{again}: {row.name}, the engine's defaults and the fixed arguments"
         return f"started{again} {describe_params(row.params)}"
@@ -90,17 +94,20 @@ class Events:
         return Event(row.number, failure.stage, self._failed(row))
 
     def _measured(self, row: TrialRow, rows: Sequence[TrialRow]) -> str:
-        parts = [f"measured {self._study.objective.metric} {format_number(row.score or 0.0)}"]
-        if row.name:
+        values = zip(self._study.objective.targets, scores_of(row), strict=False)
+        parts = ["measured " + ", ".join(f"{metric} {format_number(score)}" for (metric, _), score in values)]
+        if purpose := verification_of(row, self._study.verify.restarts):
+            parts[0] += f" ({purpose})"
+        elif row.name:
             parts[0] += f" ({row.name})"
         elif row.relative is not None:
             parts[0] += f" (x{row.relative:.2f} of baseline)"
         if not row.feasible:
             parts.append(f"misses an SLO (violation {format_number(row.violation or 0.0)})")
-        best = best_so_far(rows, self._study.objective.direction)
+        best = best_so_far(rows, self._study.objective.direction) if row.verifies is None else None
         if best is not None and best.number == row.number and self._best != best.number:
             self._best = best.number
-            parts.append("best so far")
+            parts.append("best so far" if len(self._study.objective.targets) == 1 else "best so far in the first")
         if self._verbose:
             parts += [f"{name} {format_number(value)}" for name, value in shown_metrics(self._study, [row]).items()]
         return ", ".join(parts)
@@ -111,6 +118,8 @@ class Events:
         what = "failed" if row.state is State.FAILED else str(row.state)
         penalty = "" if row.penalty is None else f", penalty {format_number(row.penalty)}"
         elapsed = f"elapsed {row.result.seconds.get('total', 0.0):.1f} s / {self._study.trial.timeout_s:g} s"
+        purpose = verification_of(row, self._study.verify.restarts)
+        what = f"{what} ({purpose})" if purpose else what
         line = f"{what} at {failure.stage}: {failure.kind}{penalty}, {elapsed}: {mask(failure.evidence)}"
         return f"{line} | {failure.remedy}" if self._verbose and failure.remedy else line
 
@@ -126,9 +135,10 @@ _USUAL = (
 
 
 def promised_metrics(study: Study) -> list[str]:
-    """The names worth a column: the objective, those with an SLO, then the usual ones."""
+    """The names worth a column: the objectives, those with an SLO, then the usual ones."""
     slos = [f"{metric}_{statistic}" for metric, limits in study.objective.slo.items() for statistic in limits]
-    return list(dict.fromkeys((study.objective.metric, *slos, *_USUAL)))
+    objectives = [metric for metric, _ in study.objective.targets]
+    return list(dict.fromkeys((*objectives, *slos, *_USUAL)))
 
 
 def shown_metrics(study: Study, rows: Sequence[TrialRow]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The folder that a study run leaves behind.
 
     <parent>/<study>-<YYYYmmdd-HHMMSS>/
-        study.yaml  versions.json  status.json
+        study.yaml  versions.json  status.json  verdict.json
         trials.jsonl  trials.parquet  trials.csv
         optuna.log  study.log  best.yaml  launch.sh
         trials/<number>-<id>/  trial.log  engine.log  load.log  command.json  requests.parquet  result.json
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,8 +24,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from raytune_autotuner.report.finalists import Contender
 from raytune_autotuner.report.masking import mask, mask_launch, mask_values
-from raytune_autotuner.report.verdict import changes, describe_params, format_number
+from raytune_autotuner.report.verdict import Verdict, changes
+from raytune_autotuner.report.wording import describe_params, format_number, gain_of, interval, percent
+from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study, load_study
@@ -123,6 +126,11 @@ class ResultsFolder:
         return self.path / "best.yaml"
 
     @property
+    def verdict_file(self) -> Path:
+        """What the study recommends, with every figure that it rests on."""
+        return self.path / "verdict.json"
+
+    @property
     def launch_file(self) -> Path:
         """The winner, as a script that serves it."""
         return self.path / "launch.sh"
@@ -161,7 +169,7 @@ class ResultsFolder:
         ordered = sorted(rows, key=lambda row: row.number)
         lines = (json.dumps(mask_values(row.to_dict()), allow_nan=False) for row in ordered)
         write_text(self.rows_file, "".join(f"{line}\n" for line in lines), durable=True)
-        _write_tables(ordered, self.parquet_file, self.csv_file)
+        _write_tables(ordered, self._objectives(ordered), self.parquet_file, self.csv_file)
 
     def read_rows(self) -> list[TrialRow]:
         """What `write_rows` wrote last, by number; empty before that."""
@@ -170,15 +178,42 @@ class ResultsFolder:
         lines = self.rows_file.read_text(encoding="utf-8").splitlines()
         return [TrialRow.from_dict(json.loads(line)) for line in lines]
 
-    def write_best(self, study: Study, row: TrialRow, baseline: TrialRow | None, model: str, launch_line: str) -> None:
+    def write_verdict(self, answer: Verdict) -> None:
+        """Write `verdict.json`."""
+        write_json(self.verdict_file, answer.to_dict(), durable=True)
+
+    def read_verdict(self) -> dict[str, Any] | None:
+        """What `write_verdict` wrote last; None before that."""
+        try:
+            found: dict[str, Any] = json.loads(self.verdict_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def write_best(
+        self,
+        study: Study,
+        row: TrialRow,
+        baseline: TrialRow | None,
+        model: str,
+        launch_line: str,
+        answer: Verdict | None = None,
+    ) -> None:
         """Write `best.yaml` and `launch.sh` for the winning `row`.
 
-        `model` is what the engine is given to load; `launch_line` is the shell line that works on this machine.
+        `model` is what the engine is given to load; `launch_line` is the shell line that works on this machine;
+        `answer` says what `row` was worth when it was measured again.
         """
-        provenance = _provenance(study, row, baseline, self.path.name)
+        provenance = _provenance(study, row, baseline, self.path.name, answer)
         write_text(self.best_file, provenance + _engine_config(study, row.params, model))
         script = f'#!/usr/bin/env bash\n{provenance}exec env {mask_launch(launch_line)} "$@"\n'
         write_text(self.launch_file, script, mode=0o755)
+
+    def _objectives(self, rows: Sequence[TrialRow]) -> list[str]:
+        """The metrics of several objectives; nothing where there is one."""
+        if not any(len(row.scores) > 1 for row in rows):
+            return []
+        return [metric for metric, _ in self.load_study().objective.targets]
 
 
 def write_result(trial_dir: Path, result: TrialResult) -> None:
@@ -229,8 +264,8 @@ class atomically:
             self._part.unlink(missing_ok=True)
 
 
-def flat_row(row: TrialRow) -> dict[str, Any]:
-    """A row as one flat mapping: the columns of the results table."""
+def flat_row(row: TrialRow, objectives: Sequence[str] = ()) -> dict[str, Any]:
+    """A row as one flat mapping: the columns of the results table; `objectives` are the metrics of several."""
     failure = row.result.failure
     cells: dict[str, Any] = {
         "number": row.number,
@@ -243,10 +278,13 @@ def flat_row(row: TrialRow) -> dict[str, Any]:
         "evidence": failure.evidence if failure else None,
         "remedy": failure.remedy if failure else None,
         "score": row.score,
+        **{f"score:{metric}": score for metric, score in zip(objectives, row.scores, strict=False)},
         "penalty": row.penalty,
         "violation": row.violation,
         "relative": row.relative,
         "retry_of": row.retry_of,
+        "verifies": row.verifies,
+        "restart": row.restart,
     }
     cells |= {f"param:{name}": value for name, value in row.params.items()}
     cells |= dict(row.result.metrics)
@@ -286,9 +324,9 @@ def _plain(model: BaseModel) -> dict[str, Any]:
     return values
 
 
-def _columns(rows: Sequence[TrialRow]) -> dict[str, list[Any]]:
+def _columns(rows: Sequence[TrialRow], objectives: Sequence[str]) -> dict[str, list[Any]]:
     """Column to cells; parameters, metrics and seconds in the order in which they are met."""
-    flat = [mask_values(flat_row(row)) for row in rows]
+    flat = [mask_values(flat_row(row, objectives)) for row in rows]
     names = dict.fromkeys(
         name for prefix in ("", "param:", "seconds:") for row in flat for name in _of_group(row, prefix)
     )
@@ -302,12 +340,12 @@ def _of_group(row: Mapping[str, Any], prefix: str) -> list[str]:
     return [name for name in row if not name.startswith(groups)]
 
 
-def _write_tables(rows: Sequence[TrialRow], parquet: Path, csv: Path) -> None:
+def _write_tables(rows: Sequence[TrialRow], objectives: Sequence[str], parquet: Path, csv: Path) -> None:
     import pyarrow as pa
     import pyarrow.csv as pa_csv
     import pyarrow.parquet as pa_parquet
 
-    columns = _columns(rows)
+    columns = _columns(rows, objectives)
     table = pa.table({name: pa.array(_one_type(cells)) for name, cells in columns.items()})
     with atomically(parquet) as part:
         pa_parquet.write_table(table, part)
@@ -327,20 +365,38 @@ def _one_type(cells: Sequence[Any]) -> list[Any]:
     return [None if cell is None else format_value(cell).encode("utf-8", "replace").decode() for cell in cells]
 
 
-def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str) -> str:
+def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str, answer: Verdict | None) -> str:
     """Comment lines: where this setting comes from and what it was worth."""
     changed = changes(row.params, study.fixed)
     who = f"trial {row.number}" + (f" ({row.name})" if row.name else "")
     lines = [f"Found by raytune_autotuner: study {study.study}, run {run}, {who}."]
     lines.append(f"Changed against the baseline: {describe_params(changed)}" if changed else "The engine's defaults.")
-    if row.score is not None:
-        against = ""
-        if baseline is not None and baseline.score is not None and baseline.number != row.number:
-            against = f", baseline {format_number(baseline.score)}"
-        lines.append(f"{study.objective.metric} {format_number(row.score)}{against} (one measurement each).")
-    if not row.feasible:
+    chosen = None if answer is None else answer.chosen
+    lines += _worth_once(study, row, baseline) if chosen is None or answer is None else _worth_again(answer, chosen)
+    if not (row.feasible if chosen is None else chosen.holds):
         lines.append("It does not meet every SLO of the study.")
     return "".join(f"# {mask(line)}\n" for line in lines)
+
+
+def _worth_once(study: Study, row: TrialRow, baseline: TrialRow | None) -> Iterator[str]:
+    """What a setting was worth in the search, a line an objective."""
+    then = () if baseline is None or baseline.number == row.number else scores_of(baseline)
+    for i, ((metric, _), score) in enumerate(zip(study.objective.targets, scores_of(row), strict=False)):
+        against = f", baseline {format_number(then[i])}" if i < len(then) else ""
+        yield f"{metric} {format_number(score)}{against} (one measurement each)."
+
+
+def _worth_again(answer: Verdict, chosen: Contender) -> Iterator[str]:
+    """What the winner was worth on fresh starts of the engine, a line an objective."""
+    defaults = next((one for one in answer.contenders if one.is_baseline), None)
+    noise = "" if answer.noise is None else f", noise {percent(answer.noise)}"
+    for i, (metric, _) in enumerate(answer.targets):
+        text = f"{metric} {format_number(chosen.mean(i))}"
+        if chosen.comparisons and defaults is not None:
+            found = chosen.comparisons[i]
+            ends = f"{100 * found.confidence:g} % interval {interval(found)}"
+            text += f", baseline {format_number(defaults.mean(i))}: {gain_of(found)} ({ends})"
+        yield f"{text}; means of {len(chosen.measured)} restarts{noise if i == 0 else ''}."
 
 
 def _engine_config(study: Study, params: Params, model: str) -> str:

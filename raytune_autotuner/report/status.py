@@ -18,7 +18,7 @@ from typing import Any, Literal
 from raytune_autotuner.report.results import ResultsFolder, write_json
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import TrialRow
+from raytune_autotuner.study.trial import State, TrialRow
 
 Phase = Literal["running", "finished", "interrupted"]
 STALE_S = 60.0
@@ -100,11 +100,33 @@ def time_left_s(
         return None
     median = statistics.median(durations)
     running = [max(median - trial.elapsed_s, 0.0) for trial in live.values()]
-    waiting = max(study.search.trials - len(ended) - len(running), 0)
+    again = {row.number for row in rows if row.verifies is not None}
+    searched = sum(row.number not in again for row in ended) + len(live.keys() - again)
+    waiting = (0 if again else max(study.search.trials - searched, 0)) + verifications_left(study, rows)
     left = (sum(running) + waiting * median) / max(min(concurrency, waiting + len(running)), 1)
     left = max(left, *running, 0.0) if running else left
     budget = study.search.time_budget
     return left if budget is None else min(left, max(budget - elapsed_s, 0.0) + median)
+
+
+def verifications_left(study: Study, rows: Sequence[TrialRow]) -> int:
+    """How many engine starts of the finalists and the baseline are still to begin, at most."""
+    again = [row for row in rows if row.verifies is not None]
+    # Once a second round has begun, all settings have had their first start.
+    known = any((row.restart or 0) > 0 for row in again)
+    settings = {row.verifies for row in again} if known else range(study.verify.top + 1 if study.verify.top else 0)
+    out = {row.verifies for row in again if row.state is State.FAILED}
+    begun = sum(row.state.teaches or not row.state.finished for row in again if row.verifies not in out)
+    return max((len(settings) - len(out)) * study.verify.restarts - begun, 0)
+
+
+def verification_progress(study: Study, rows: Sequence[TrialRow]) -> str:
+    """`6 of 15 restarts to verify`; empty before the first one."""
+    if all(row.verifies is None for row in rows):
+        return ""
+    done = sum(row.state.teaches for row in rows if row.verifies is not None)
+    running = sum(not row.state.finished for row in rows if row.verifies is not None)
+    return f"{done} of {done + running + verifications_left(study, rows)} restarts to verify"
 
 
 def format_duration(seconds: float) -> str:

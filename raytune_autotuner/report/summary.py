@@ -7,8 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import LiveTrial, StudyStatus, format_duration, read_status, time_left_s
-from raytune_autotuner.report.verdict import best_so_far, describe_params, format_number, verdict
+from raytune_autotuner.report.status import (
+    LiveTrial,
+    StudyStatus,
+    format_duration,
+    read_status,
+    time_left_s,
+    verification_progress,
+)
+from raytune_autotuner.report.verdict import best_so_far, study_verdict
+from raytune_autotuner.report.wording import describe_params, format_number, verification_of
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -18,8 +26,8 @@ def render_status(folder: ResultsFolder) -> str:
     study, rows, status = folder.load_study(), folder.read_rows(), read_status(folder)
     lines = [f"study {study.study} in {folder.path}", _phase_line(study, rows, status)]
     if status is not None and status.driver_alive:
-        lines += [_live_line(trial, rows) for trial in status.live]
-    lines.append(_best_line(study, rows, ended=status is not None and not status.driver_alive))
+        lines += [_live_line(trial, rows, study.verify.restarts) for trial in status.live]
+    lines.append(_best_line(study, rows) if status is None or status.driver_alive else _answer(folder, study, rows))
     return "\n".join([*lines, *failure_lines(rows)])
 
 
@@ -37,9 +45,12 @@ def failure_lines(rows: Sequence[TrialRow]) -> list[str]:
 
 
 def _phase_line(study: Study, rows: Sequence[TrialRow], status: StudyStatus | None) -> str:
-    states = Counter(row.state for row in rows)
+    searched = [row for row in rows if row.verifies is None]
+    states = Counter(row.state for row in searched)
     counts = ", ".join(f"{states[state]} {state}" for state in State if states[state]) or "no trial yet"
-    done = f"{sum(row.state.teaches for row in rows)} of {study.search.trials} trials ({counts})"
+    done = f"{sum(row.state.teaches for row in searched)} of {study.search.trials} trials ({counts})"
+    if verification := verification_progress(study, rows):
+        done += f", {verification}"
     if status is None:
         return f"not started: {done}"
     if status.phase != "running":
@@ -52,17 +63,27 @@ def _phase_line(study: Study, rows: Sequence[TrialRow], status: StudyStatus | No
     return f"running for {format_duration(time.time() - status.started_at)}: {done}{estimate}"
 
 
-def _live_line(trial: LiveTrial, rows: Sequence[TrialRow]) -> str:
-    params = next((row.params for row in rows if row.number == trial.number), {})
+def _live_line(trial: LiveTrial, rows: Sequence[TrialRow], restarts: int) -> str:
+    row = next((row for row in rows if row.number == trial.number), None)
     share = f" {trial.share:.0%}" if trial.share else ""
     clock = f"{trial.elapsed_s:.1f} s / {trial.timeout_s:g} s"
-    return f"trial {trial.number} at {trial.stage}{share}, {clock} {describe_params(params) if params else 'baseline'}"
+    what = "baseline" if row is None or not row.params else describe_params(row.params)
+    if row is not None and (purpose := verification_of(row, restarts)):
+        what = f"{purpose}, {what}"
+    return f"trial {trial.number} at {trial.stage}{share}, {clock} {what}"
 
 
-def _best_line(study: Study, rows: Sequence[TrialRow], ended: bool) -> str:
+def _answer(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> str:
+    """The verdict as it was written at the end; of a study that was killed, as its rows say."""
+    status, written = read_status(folder), folder.read_verdict()
+    if written is not None and status is not None and status.phase != "running":
+        return " ".join(filter(None, (written["sentence"], written["warning"])))
+    answer = study_verdict(study, rows)
+    return " ".join(filter(None, (answer.sentence, answer.warning)))
+
+
+def _best_line(study: Study, rows: Sequence[TrialRow]) -> str:
     direction, metric = study.objective.direction, study.objective.metric
-    if ended:
-        return verdict(rows, direction, metric, study.fixed).sentence
     best = best_so_far(rows, direction)
     if best is None or best.score is None:
         return "best so far: none measured that meets every SLO"

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from raytune_autotuner.report.events import shown_metrics
 from raytune_autotuner.report.status import LiveTrial
-from raytune_autotuner.report.verdict import format_number
+from raytune_autotuner.report.wording import format_number, verification_of
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
@@ -31,6 +31,7 @@ _STYLES = {
 _NONE = "-"
 _GAP = 2  # between two columns
 _HEADER_LINES = 4
+_ROOMY = 100
 _ABSENT = object()
 
 
@@ -54,7 +55,7 @@ def trial_table(
     best: int | None,
 ) -> RenderableType:
     """The trials as a table at most `width` wide and `height` lines high (None: all of them)."""
-    columns = _fitting(_columns(study, rows, live), rows, width)
+    columns = _fitting(_columns(study, rows, live, width), rows, width)
     heads = {column.header: _wrap_header(column, rows) for column in columns}
     spare = None if height is None else height - 2 - max(head.count("\n") + 1 for head in heads.values())
     shown = _fitting_rows(rows, best, spare)
@@ -76,20 +77,22 @@ def trial_table(
 def _with_caption(table: Table, study: Study, hidden: int) -> RenderableType:
     better = "higher" if study.objective.direction == "maximize" else "lower"
     caption = f"score: {study.objective.metric}, {better} is better"
+    for metric, direction in study.objective.targets[1:]:
+        caption += f"; {metric}, {'higher' if direction == 'maximize' else 'lower'} is better"
     if hidden:
         caption += f"; {hidden} more trial{'s' if hidden > 1 else ''} not shown"
     return Group(table, Text(caption, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
-def _columns(study: Study, rows: Sequence[TrialRow], live: Mapping[int, LiveTrial]) -> list[_Column]:
+def _columns(study: Study, rows: Sequence[TrialRow], live: Mapping[int, LiveTrial], width: int) -> list[_Column]:
     """All columns that there is anything to show in, from left to right."""
-    metrics = shown_metrics(study, rows)
+    metrics, objectives = shown_metrics(study, rows), dict(study.objective.targets)
     columns = [
-        _Column("trial", _who, 0, right=False),
+        _Column("trial", lambda row: _who(row, study, width), 0, right=False, max_width=30),
         _Column("state", lambda row: _state(row, live), 0, right=False),
         *_stage_column(rows),
         *(_parameter_column(name, study.fixed, 20 + i) for i, name in enumerate(differing(rows))),
-        *(_metric_column(name, live, 40 + i) for i, name in enumerate(metrics)),
+        *(_metric_column(name, live, 1 if name in objectives else 40 + i) for i, name in enumerate(metrics)),
         _Column("score", lambda row: _score(row, study, live), 0),
         _Column("vs base", _relative, 1),
     ]
@@ -122,8 +125,11 @@ def _fitting_rows(rows: Sequence[TrialRow], best: int | None, room: int | None) 
     if room is None or len(rows) <= room:
         return sorted(rows, key=lambda row: row.number)
 
-    def importance(row: TrialRow) -> tuple[bool, bool, bool, int]:
-        return (row.number != best, row.state is not State.RUNNING, not row.name, -row.number)
+    again = {row.verifies for row in rows}
+
+    def importance(row: TrialRow) -> tuple[bool, bool, bool, bool, int]:
+        finalist = row.number in again
+        return (row.number != best, row.state is not State.RUNNING, not row.name, not finalist, -row.number)
 
     return sorted(sorted(rows, key=importance)[: max(room, 1)], key=lambda row: row.number)
 
@@ -169,7 +175,12 @@ def _style(row: TrialRow, best: int | None) -> Style:
     return Style.parse(_STYLES.get(row.state, ""))
 
 
-def _who(row: TrialRow) -> str:
+def _who(row: TrialRow, study: Study, width: int) -> str:
+    """`0 baseline`, `7`, `23 verify trial 7, 2 of 5`, and that shorter where there is little room."""
+    if row.verifies is not None:
+        restarts = study.verify.restarts
+        short = f"verify {row.verifies}, {(row.restart or 0) + 1}/{restarts}"
+        return f"{row.number} {short if width < _ROOMY else verification_of(row, restarts)}"
     return f"{row.number} {row.name}" if row.name else str(row.number)
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.report.events import promised_metrics
-from raytune_autotuner.report.masking import mask_values
+from raytune_autotuner.report.masking import mask, mask_values
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.verdict import best_so_far
+from raytune_autotuner.report.verdict import Verdict, best_so_far
+from raytune_autotuner.report.wording import contender_cells, verification_of
+from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.space import Choice, Parameter, format_value
 from raytune_autotuner.study.study import Study
@@ -63,12 +65,18 @@ class TensorBoardWriter:
         self._ended.append(row)
         writer = self._trial(row)
         rounds = self._study.workload.rounds
-        for name, value in _final_scalars(row):
+        for name, value in _final_scalars(self._study, row):
             writer.add_scalar(name, value, rounds)
         writer.add(_session_end(row.state is State.MEASURED))
         del self._trials[row.number]
         writer.close()
         self._over_trials(row)
+
+    def verdict(self, answer: Verdict) -> None:
+        """The study's answer, as text beside its curves; call it before `close`."""
+        text = "\n\n".join(filter(None, (answer.sentence, answer.warning, _markdown(answer))))
+        self._root.add(_text("verdict", mask(text)))
+        self._root.flush()
 
     def close(self) -> None:
         """Write out and close all files; closing twice is harmless."""
@@ -84,7 +92,12 @@ class TensorBoardWriter:
         return self._trials[row.number]
 
     def _over_trials(self, row: TrialRow) -> None:
-        """The study's own curves, whose steps are trial numbers."""
+        """The study's own curves, whose steps are trial numbers; those of what was measured again are by restart."""
+        if row.verifies is not None:
+            for name, value in _scores(self._study, row):
+                self._root.add_scalar(f"verification/{name}/trial_{row.verifies}", value, row.restart or 0)
+            self._root.flush()
+            return
         for name, value in _outcome(row):
             self._root.add_scalar(f"study/{name}", value, row.number)
         best = best_so_far(self._ended, self._study.objective.direction)
@@ -129,8 +142,16 @@ def _outcome(row: TrialRow) -> Iterator[tuple[str, float]]:
         yield "stage", float((failure.stage if failure else Stage.LOAD).order)
 
 
-def _final_scalars(row: TrialRow) -> Iterator[tuple[str, float]]:
+def _scores(study: Study, row: TrialRow) -> Iterator[tuple[str, float]]:
+    """Each objective's metric and value."""
+    for (metric, _), score in zip(study.objective.targets, scores_of(row), strict=False):
+        yield metric, score
+
+
+def _final_scalars(study: Study, row: TrialRow) -> Iterator[tuple[str, float]]:
     yield from ((f"outcome/{name}", value) for name, value in _outcome(row))
+    if len(row.scores) > 1:
+        yield from ((f"outcome/score:{metric}", value) for metric, value in _scores(study, row))
     yield from ((tag(name), value) for name, value in row.result.metrics.items())
     yield from ((f"seconds/{phase}", value) for phase, value in row.result.seconds.items())
 
@@ -144,7 +165,8 @@ def _session_start(study: Study, row: TrialRow) -> Any:
     for parameter in study.space.parameters:
         if parameter.name in values:
             _set(start.hparams[parameter.name], _kind(parameter), values[parameter.name])
-    start.hparams["trial"].string_value = f"{row.number} {row.name}".strip()
+    what = verification_of(row, study.verify.restarts) or row.name
+    start.hparams["trial"].string_value = f"{row.number} {what}".strip()
     return _summary("_hparams_/session_start_info", HParamsPluginData(session_start_info=start, version=0))
 
 
@@ -187,6 +209,27 @@ def _set(cell: Any, kind: str, value: Any) -> None:
         cell.bool_value = value
     else:
         cell.string_value = format_value(value)
+
+
+def _markdown(answer: Verdict) -> str:
+    """What was measured again, as a table."""
+    if not answer.contenders:
+        return ""
+    head, *lines = contender_cells(answer.contenders, answer.targets)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def _text(name: str, text: str) -> Any:
+    """A line of TensorBoard's Text tab, which reads Markdown."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[text.encode()])
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+    return Summary(value=[Summary.Value(tag=name, metadata=metadata, tensor=tensor)])
 
 
 def _summary(name: str, content: Any) -> Any:

@@ -19,16 +19,20 @@ from rich.text import Text
 
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.masking import mask_launch
-from raytune_autotuner.report.status import LiveTrial, format_duration, time_left_s
+from raytune_autotuner.report.status import LiveTrial, format_duration, time_left_s, verification_progress
 from raytune_autotuner.report.summary import failure_lines
 from raytune_autotuner.report.table import trial_table
-from raytune_autotuner.report.verdict import Verdict, best_so_far, changes, format_number
+from raytune_autotuner.report.verdict import Verdict, best_so_far, changes
+from raytune_autotuner.report.wording import contender_cells, format_number
+from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
 __all__ = ["Ending", "EventLines", "LiveTable", "LiveTrial", "StudyInfo", "Watcher", "make_watcher", "print_ending"]
 _REFRESHES_PER_S = 4.0
+_TEXTS = 2
+"""How many columns of the table of finalists are text; the others are numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +169,9 @@ class LiveTable:
         self.close()
         if self._info is None:
             return
+        searched = [row for row in ending.rows if row.verifies is None]
         self._console.print(
-            trial_table(self._info.study, ending.rows, {}, self._console.width, None, _number(ending.verdict.winner))
+            trial_table(self._info.study, searched, {}, self._console.width, None, _number(ending.verdict.winner))
         )
         print_ending(self._console, self._info, ending)
 
@@ -190,10 +195,11 @@ class LiveTable:
     def _foot(self, live: Mapping[int, LiveTrial], best: TrialRow | None) -> list[Text]:
         assert self._info is not None
         study, elapsed = self._info.study, time.monotonic() - self._begun
-        done = sum(row.state.teaches for row in self._rows)
+        done = sum(row.state.teaches for row in self._rows if row.verifies is None)
         left = time_left_s(study, self._rows, live, self._info.concurrency, elapsed)
         ending = "time left unknown yet" if left is None else f"about {format_duration(left)} left"
-        parts = [f"{done} of {study.search.trials} trials", f"{format_duration(elapsed)} elapsed", ending]
+        progress = (f"{done} of {study.search.trials} trials", verification_progress(study, self._rows))
+        parts = [*filter(None, progress), f"{format_duration(elapsed)} elapsed", ending]
         lines = [Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")]
         if best is not None:
             lines.append(Text(best_line(study, best), style="green", no_wrap=True, overflow="ellipsis"))
@@ -206,10 +212,13 @@ def opening_lines(info: StudyInfo) -> list[str]:
     """What is said before the first trial."""
     study, objective = info.study, info.study.objective
     promises = [f"{m}_{s} <= {limit:g}" for m, limits in objective.slo.items() for s, limit in limits.items()]
-    wanted = f"{objective.direction} {objective.metric}" + (f" with {', '.join(promises)}" if promises else "")
+    wanted = ", ".join(f"{direction} {metric}" for metric, direction in objective.targets)
+    wanted += f" with {', '.join(promises)}" if promises else ""
+    again = f"; the best {study.verify.top} again, {study.verify.restarts} times" if study.verify.top else ""
     lines = [
         f"study {study.study}: {study.model} on {study.engine.kind}",
-        f"{wanted}; {study.search.trials} trials, {info.concurrency} at once, {study.trial.timeout_s:g} s each at most",
+        f"{wanted}; {study.search.trials} trials, {info.concurrency} at once, "
+        f"{study.trial.timeout_s:g} s each at most{again}",
         *info.notes,
         f"results: {info.folder}",
     ]
@@ -222,13 +231,16 @@ def best_line(study: Study, best: TrialRow) -> str:
     """`best so far: trial 3, output_throughput_tok_s 126.4 (x1.43 of baseline)`."""
     who = f"trial {best.number}" + (f" ({best.name})" if best.name else "")
     relative = f" (x{best.relative:.2f} of baseline)" if best.relative is not None and not best.name else ""
-    return f"best so far: {who}, {study.objective.metric} {format_number(best.score or 0.0)}{relative}"
+    values = zip(study.objective.targets, scores_of(best), strict=False)
+    text = ", ".join(f"{metric} {format_number(score)}" for (metric, _), score in values)
+    return f"best so far: {who}, {text}{relative}"
 
 
 def print_ending(console: Console, info: StudyInfo, ending: Ending) -> None:
     """The answer: verdict, changes, launch lines, failures with remedies, where everything is, what to do next."""
     sections = [
         _how_it_ended(ending),
+        [(line, "") for line in comparison_lines(ending.verdict, console.width)],
         _changed(info, ending.verdict),
         _failures(ending.rows),
         [("next", "bold"), *((line, "") for line in _next_steps(info))],
@@ -248,9 +260,30 @@ def _how_it_ended(ending: Ending) -> list[tuple[str, str]]:
         lines.append(("Interrupted: the engines are stopped; what was measured is kept.", "yellow"))
     elif ending.reason:
         lines.append((f"Ended early: {ending.reason}", "yellow"))
-    winner = ending.verdict.winner
-    good = winner is not None and winner.feasible
-    return [*lines, (ending.verdict.sentence, "bold green" if good else "bold yellow")]
+    winner, chosen = ending.verdict.winner, ending.verdict.chosen
+    good = winner is not None and (winner.feasible if chosen is None else chosen.holds)
+    lines.append((ending.verdict.sentence, "bold green" if good else "bold yellow"))
+    return [*lines, *([(ending.verdict.warning, "yellow")] if ending.verdict.warning else [])]
+
+
+def comparison_lines(answer: Verdict, width: int) -> list[str]:
+    """What was measured again, as a small table at most `width` wide: columns are left out where there is no room."""
+    if not answer.contenders:
+        return []
+    cells = contender_cells(answer.contenders, answer.targets)
+    hidden = set() if len(answer.targets) > 1 else {"metric"}
+    for name in ("", "spread", "gain", "metric"):
+        hidden.add(name)
+        shown = [i for i, head in enumerate(cells[0]) if head not in hidden]
+        widths = {i: max(len(row[i]) for row in cells) for i in shown}
+        if sum(widths.values()) + 2 * len(shown) <= width:
+            break
+    lines = ["  ".join(_padded(row[i], widths[i], left=i < _TEXTS) for i in shown).rstrip() for row in cells]
+    return [f"measured again: {answer.targets[0][0]}" if "metric" in hidden else "measured again", *lines]
+
+
+def _padded(text: str, width: int, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
 
 
 def _changed(info: StudyInfo, verdict: Verdict) -> list[tuple[str, str]]:

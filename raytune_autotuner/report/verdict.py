@@ -1,18 +1,24 @@
-"""Which setting to run: the winner of a study's rows, its gain over the baseline, and one sentence about it.
+"""Which setting to run: the winner of a study's rows, its gain over the baseline, and the sentence that says so.
 
-Pure: rows in, verdict out. It rests on one measurement a setting and says so.
+Pure: rows in, verdict out. Where the finalists and the baseline were measured again, it rests on their restarts and on
+the intervals of `score/comparison.py`; else on one measurement a setting, and says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.report import wording
+from raytune_autotuner.report.finalists import Contender, Targets, as_good, contenders
+from raytune_autotuner.score.comparison import Comparison, TooNoisy, too_noisy
+from raytune_autotuner.score.grades import Direction
+from raytune_autotuner.score.pareto import dominates, knee, pareto_front
+from raytune_autotuner.study.space import Params
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 
-Direction = Literal["maximize", "minimize"]
 _DEFAULT = object()
 
 
@@ -26,36 +32,103 @@ class Verdict:
     gain: float | None
     """By which share of the baseline's score the winner is better, in either direction; 0.43 is 43 % better."""
     sentence: str
+    contenders: tuple[Contender, ...] = ()
+    """The settings that were measured again, the defaults first; empty where it rests on single measurements."""
+    warning: str | None = None
+    """That the machine is too noisy to decide, and how many restarts would do."""
+    targets: Targets = ()
+    front: tuple[int, ...] = ()
+    """With several objectives: the trials of the search that no other one dominates."""
 
     @property
     def keeps_defaults(self) -> bool:
         """Whether the engine's defaults are the answer."""
         return self.winner is not None and self.winner.name == BASELINE
 
+    @property
+    def verified(self) -> bool:
+        """Whether it rests on several engine starts of each setting."""
+        return bool(self.contenders)
+
+    @property
+    def chosen(self) -> Contender | None:
+        """The winner as it was measured again."""
+        number = None if self.winner is None else self.winner.number
+        return next((one for one in self.contenders if one.row.number == number), None)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the gain, for the first objective; None without one."""
+        comparison = self._comparison
+        return None if comparison is None else (comparison.low, comparison.high)
+
+    @property
+    def noise(self) -> float | None:
+        """How much the defaults differ from themselves between restarts, as a share."""
+        return next((one.spread() for one in self.contenders if one.is_baseline), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `verdict.json`."""
+        interval, comparison = self.interval, self._comparison
+        return {
+            "sentence": self.sentence,
+            "warning": self.warning,
+            "verified": self.verified,
+            "keep_defaults": self.keeps_defaults,
+            "winner": None if self.winner is None else self.winner.number,
+            "params": None if self.winner is None else dict(self.winner.params),
+            "baseline": None if self.baseline is None else self.baseline.number,
+            "objectives": [{"metric": metric, "direction": direction} for metric, direction in self.targets],
+            "gain": self.gain,
+            "interval": None if interval is None else list(interval),
+            "confidence": None if comparison is None else comparison.confidence,
+            "noise": self.noise,
+            "front": list(self.front),
+            "measured_again": [_plain(one, self.targets) for one in self.contenders],
+        }
+
+    @property
+    def _comparison(self) -> Comparison | None:
+        chosen = self.chosen
+        return chosen.comparisons[0] if chosen is not None and chosen.comparisons else None
+
+
+def study_verdict(study: Study, rows: Sequence[TrialRow], defaults: Params | None = None) -> Verdict:
+    """The verdict on a study's rows; `defaults` are the engine's own values and fixed arguments, if they are known."""
+    objective = study.objective
+    fixed = study.fixed if defaults is None else defaults
+    return verdict(rows, objective.direction, objective.metric, fixed, objective.targets)
+
 
 def verdict(
-    rows: Sequence[TrialRow], direction: Direction, metric: str = "score", fixed: Params | None = None
+    rows: Sequence[TrialRow],
+    direction: Direction,
+    metric: str = "score",
+    fixed: Params | None = None,
+    targets: Targets = (),
 ) -> Verdict:
-    """The best feasible measured row, else the least violating one, else none.
+    """The setting to run, by the settings that were measured again; without them by single measurements.
 
-    Of equal scores the one with fewer changes against the `fixed` arguments wins, and the baseline before all.
+    `targets` are all objectives, where there are several. Of equally good settings the one with fewer changes against
+    the `fixed` arguments wins, and the baseline before all.
     """
-    # The last one: a baseline that was lost has been run again.
-    baseline = next((row for row in reversed(rows) if row.name == BASELINE), None)
-    measured = [row for row in rows if row.state is State.MEASURED and row.score is not None]
-    if not measured:
-        return Verdict(None, baseline, None, _nothing_measured(rows))
-    feasible = [row for row in measured if row.feasible]
-    winner = min(feasible or measured, key=lambda row: _rank(row, direction, bool(feasible), fixed or {}))
-    gain = _gain(winner, baseline, direction)
-    if not feasible:
-        return Verdict(winner, baseline, gain, _none_feasible(winner, metric, len(measured)))
-    return Verdict(winner, baseline, gain, _sentence(winner, baseline, gain, metric, len(measured)))
+    goals = tuple(targets) or ((metric, direction),)
+    again = contenders(rows, goals)
+    if _decidable(again):
+        found = _by_restarts(again, goals, fixed or {}, baseline_of(rows))
+    else:
+        found = _by_single(rows, goals, fixed or {})
+    return replace(found, targets=goals, front=_front(rows, goals))
+
+
+def baseline_of(rows: Sequence[TrialRow]) -> TrialRow | None:
+    """The study's baseline; the last one, as a baseline that was lost has been run again."""
+    return next((row for row in reversed(rows) if row.name == BASELINE and row.verifies is None), None)
 
 
 def best_so_far(rows: Iterable[TrialRow], direction: Direction) -> TrialRow | None:
-    """The feasible row with the best score."""
-    feasible = [row for row in rows if row.feasible and row.score is not None]
+    """The feasible row of the search with the best score, of the first objective."""
+    feasible = [row for row in rows if row.feasible and row.score is not None and row.verifies is None]
     return min(feasible, key=lambda row: _rank(row, direction, True, {})) if feasible else None
 
 
@@ -64,22 +137,127 @@ def changes(params: Params, fixed: Params) -> dict[str, Any]:
     return {name: value for name, value in params.items() if fixed.get(name, _DEFAULT) != value}
 
 
-def describe_params(params: Params) -> str:
-    """`{max-num-seqs: 8, block-size: 64}`."""
-    return "{" + ", ".join(f"{name}: {format_value(value)}" for name, value in params.items()) + "}"
+# By restarts
 
 
-def format_number(value: float) -> str:
-    """Four significant digits, whole numbers whole.
+def _decidable(again: Sequence[Contender]) -> bool:
+    """Whether the defaults, if they were measured at all, and one finalist have ended."""
+    finalists = [one for one in again if not one.is_baseline]
+    return any(one.ended for one in finalists) and all(one.ended for one in again if one.is_baseline)
 
-    >>> format_number(126.4412), format_number(0.04321), format_number(12345.6)
-    ('126.4', '0.04321', '12,346')
-    """
-    if value == 0 or not abs(value) < float("inf"):
-        return f"{value:g}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+
+def _by_restarts(again: Sequence[Contender], targets: Targets, fixed: Params, baseline: TrialRow | None) -> Verdict:
+    defaults = next((one for one in again if one.is_baseline), None)
+    finalists = [one for one in again if not one.is_baseline]
+    holding = [one for one in finalists if one.holds]
+    if defaults is None or not defaults.holds:
+        winner, sentence = _without_defaults(defaults, finalists, targets, fixed)
+    else:
+        winner = _choice(defaults, [one for one in holding if one.better], targets, fixed)
+        told = wording.no_gain(defaults, finalists, targets) if winner is defaults else None
+        sentence = told or wording.gain(winner, defaults, finalists, _ties(winner, holding, targets), targets)
+    gain = winner.comparisons[0].gain if winner and winner.comparisons and _relative(winner.comparisons[0]) else None
+    kept = 0.0 if winner is not None and winner is defaults else gain
+    noisy = _noise(holding) if winner is defaults else None
+    warning = None if noisy is None else wording.warning(*noisy)
+    return Verdict(None if winner is None else winner.row, baseline, kept, sentence, tuple(again), warning)
+
+
+def _choice(defaults: Contender, good: Sequence[Contender], targets: Targets, fixed: Params) -> Contender:
+    """The best of the finalists that beat the defaults, else the defaults."""
+    if not good:
+        return defaults
+    return _best(good, targets, fixed) if len(targets) == 1 else _compromise(defaults, good, targets)
+
+
+def _best(good: Sequence[Contender], targets: Targets, fixed: Params) -> Contender:
+    """The best mean; of those that cannot be told from it, the fewest changes."""
+    sign = -1.0 if targets[0][1] == "maximize" else 1.0
+    best = min(good, key=lambda one: sign * one.mean())
+    level = [best, *as_good(best, [one for one in good if one is not best], targets[0][1])]
+    return min(level, key=lambda one: (len(changes(one.row.params, fixed)), sign * one.mean()))
+
+
+def _compromise(defaults: Contender, good: Sequence[Contender], targets: Targets) -> Contender:
+    """The knee of the front of those measured again, where what cannot be told from the defaults counts as equal."""
+    directions = [direction for _, direction in targets]
+    points = {one.row.number: one for one in (defaults, *good)}
+    rows = [replace(one.row, scores=_told_apart(one, defaults, targets)) for one in points.values()]
+    front = [row for row in rows if not any(dominates(other.scores, row.scores, directions) for other in rows)]
+    chosen = knee(front, directions)
+    return defaults if chosen is None else points[chosen.number]
+
+
+def _told_apart(one: Contender, defaults: Contender, targets: Targets) -> tuple[float, ...]:
+    means = []
+    for i in range(len(targets)):
+        apart = bool(one.comparisons) and (one.comparisons[i].better or one.comparisons[i].worse)
+        means.append(one.mean(i) if apart else defaults.mean(i))
+    return tuple(means)
+
+
+def _without_defaults(
+    defaults: Contender | None, finalists: Sequence[Contender], targets: Targets, fixed: Params
+) -> tuple[Contender | None, str]:
+    """The defaults failed or miss an SLO: the best of what holds, else the least miss, else nothing."""
+    holding = [one for one in finalists if one.holds]
+    if holding:
+        winner = _best(holding, targets[:1], fixed)
+        return winner, wording.in_place_of_defaults(winner, defaults, targets)
+    missing = [one for one in (defaults, *finalists) if one is not None and one.failed is None and one.ended]
+    closest = min(missing, key=lambda one: one.violation or 0.0, default=None)
+    return closest, wording.nothing_holds(closest, defaults, finalists)
+
+
+def _ties(winner: Contender, holding: Sequence[Contender], targets: Targets) -> list[Contender]:
+    """The other finalists that beat the defaults and cannot be told from the winner."""
+    others = [one for one in holding if one is not winner and one.better]
+    return as_good(winner, others, targets[0][1]) if len(targets) == 1 else []
+
+
+def _noise(holding: Sequence[Contender]) -> tuple[Contender, TooNoisy] | None:
+    """The finalist that so much noise is the worst for, by how many restarts would be needed."""
+    compared = [(one, too_noisy(one.comparisons[0])) for one in holding if one.comparisons]
+    noisy = [(one, found) for one, found in compared if found is not None]
+    return min(noisy, key=lambda pair: pair[1].restarts or float("inf"), default=None)
+
+
+def _relative(comparison: Comparison) -> bool:
+    return comparison.scale != "difference"
+
+
+# By single measurements
+
+
+def _by_single(rows: Sequence[TrialRow], targets: Targets, fixed: Params) -> Verdict:
+    """The best feasible measured row, else the least violating one, else none."""
+    metric, direction = targets[0]
+    searched = [row for row in rows if row.verifies is None]
+    cut_short = len(searched) < len(rows)
+    baseline = baseline_of(rows)
+    measured = [row for row in searched if row.state is State.MEASURED and row.score is not None]
+    if not measured:
+        return Verdict(None, baseline, None, wording.nothing_measured(searched))
+    feasible = [row for row in measured if row.feasible]
+    winner = min(feasible or measured, key=lambda row: _rank(row, direction, bool(feasible), fixed))
+    if not feasible:
+        sentence = wording.none_feasible(winner, metric, len(measured))
+        return Verdict(winner, baseline, _gain(winner, baseline, direction), sentence)
+    if len(targets) > 1:
+        front = pareto_front(searched, [way for _, way in targets])
+        winner = knee(front, [way for _, way in targets]) or winner
+        sentence = wording.knee(winner, baseline, [row.number for row in front], targets)
+    else:
+        sentence = wording.single(winner, baseline, _gain(winner, baseline, direction), metric, len(measured))
+    if cut_short:
+        sentence += " Measuring again was cut short."
+    return Verdict(winner, baseline, _gain(winner, baseline, direction), sentence)
+
+
+def _front(rows: Sequence[TrialRow], targets: Targets) -> tuple[int, ...]:
+    if len(targets) < 2:
+        return ()
+    return tuple(row.number for row in pareto_front(rows, [direction for _, direction in targets]))
 
 
 def _rank(row: TrialRow, direction: Direction, feasible: bool, fixed: Params) -> tuple[float, float, bool, int, int]:
@@ -97,38 +275,25 @@ def _gain(winner: TrialRow, baseline: TrialRow | None, direction: Direction) -> 
     return change if direction == "maximize" else -change
 
 
-def _sentence(winner: TrialRow, baseline: TrialRow | None, gain: float | None, metric: str, measured: int) -> str:
-    value = f"{metric} {format_number(winner.score or 0.0)}"
-    if winner.name == BASELINE:
-        others = (
-            "it was the only setting measured" if measured == 1 else f"none of {measured - 1} other settings beat it"
-        )
-        return f"Keep the defaults: {value}, {others}. Each was measured once."
-    caution = "Each was measured once, so a small gain may be noise."
-    if baseline is None or baseline.state is not State.MEASURED or baseline.score is None:
-        return f"Run trial {winner.number}: {value}; the defaults have no score to compare it with. Measured once."
-    defaults = f"{format_number(baseline.score)} with the defaults"
-    if not baseline.feasible:
-        return f"Run trial {winner.number}: {value} and every SLO met; the defaults miss one ({defaults}). {caution}"
-    share = "" if gain is None else f", {100 * gain:.3g} % better (x{(winner.score or 0.0) / baseline.score:.2f})"
-    return f"Run trial {winner.number}: {value} against {defaults}{share}. {caution}"
+def _plain(one: Contender, targets: Targets) -> dict[str, Any]:
+    """A contender for JSON."""
+    means = {metric: one.mean(i) for i, (metric, _) in enumerate(targets)} if one.measured else {}
+    spreads = {metric: one.spread(i) for i, (metric, _) in enumerate(targets)} if one.measured else {}
+    return {
+        "trial": one.row.number,
+        "name": one.row.name,
+        "params": dict(one.row.params),
+        "holds": one.holds,
+        "why_not": wording.why_out(one),
+        "restarts": [row.number for row in one.restarts],
+        "scores": {metric: list(one.scores(i).values()) for i, (metric, _) in enumerate(targets)},
+        "mean": means,
+        "spread": spreads,
+        "violation": one.violation,
+        "gains": {metric: _plain_gain(c) for (metric, _), c in zip(targets, one.comparisons, strict=False)},
+    }
 
 
-def _none_feasible(winner: TrialRow, metric: str, measured: int) -> str:
-    who = "the defaults come" if winner.name == BASELINE else f"trial {winner.number} comes"
-    settings = "The one setting measured misses" if measured == 1 else f"All {measured} settings measured miss"
-    return (
-        f"{settings} an SLO; {who} closest (violation {format_number(winner.violation or 0.0)}, "
-        f"{metric} {format_number(winner.score or 0.0)}). Relax the SLO or lower the load. Each was measured once."
-    )
-
-
-def _nothing_measured(rows: Sequence[TrialRow]) -> str:
-    failed = sum(row.state is State.FAILED for row in rows)
-    if not failed:
-        return "Nothing was measured: no trial ended. Run the study again, with more time."
-    trials = "the only trial" if failed == 1 else f"all {failed} trials"
-    return (
-        f"Nothing was measured: {trials} failed. Follow the remedies of the failures, then lower the load, "
-        "lengthen trial.timeout_s or narrow search_space to safer ranges."
-    )
+def _plain_gain(comparison: Comparison) -> dict[str, Any]:
+    names = ("gain", "low", "high", "better", "worse", "noise", "pairs", "degrees", "choices", "confidence", "scale")
+    return {name: getattr(comparison, name) for name in names}

@@ -2,19 +2,22 @@
 
 In: the records of one load level, pooled over its rounds. Out: flat names with their units, such as `ttft_ms_p90`.
 What cannot be computed is absent, never 0 or NaN. Definitions are those of the field (vLLM's `bench serve`), so that
-figures can be compared; `METRICS` states each in a line. Pure: no clock, file or process.
+figures can be compared; `METRICS` states each in a line, also of those that others measure: the engine's own, energy,
+quality. Pure: no clock, file or process.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from raytune_autotuner.score import records as recorded
 from raytune_autotuner.score.records import RequestRecord
 from raytune_autotuner.study.errors import AutotunerError
 
@@ -36,23 +39,27 @@ REQUEST_LATENCIES = ("ttft_ms", "tpot_ms", "e2el_ms")
 """Those with one value a request, which goodput can judge."""
 
 
+CONFIDENCE = 0.95
+"""With which the samples of a percentile reach beyond it."""
+
+Across: TypeAlias = Literal["mean", "sum", "max", "tokens", "none"]
+"""How a trial's value comes from those of its load levels: `tokens` is the mean by output tokens, so that all that was
+spent is divided by all tokens; `none` has no value at a level."""
+
+
 class EmptySample(AutotunerError):
     """There is nothing to compute a metric from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric's name, unit, good direction (None: a count, no objective) and definition in one line."""
+    """A metric's name, unit, good direction (None: it can be no objective) and definition in one line."""
 
     name: str
     unit: str
     better: Literal["higher", "lower"] | None
     definition: str
-
-    @property
-    def is_total(self) -> bool:
-        """Summed over load levels, where others are averaged."""
-        return self.better is None
+    across: Across = "mean"
 
 
 def _latency_table() -> list[Metric]:
@@ -72,20 +79,58 @@ _TABLE = [
     Metric("slo_attainment", "share", "higher", "share of all requests that met every SLO; a failed request met none"),
     Metric("failed_share", "share", "lower", "share of requests without a full answer"),
     *_latency_table(),
-    Metric("requests", "requests", None, "requests sent, failed ones included"),
-    Metric("requests_failed", "requests", None, "requests without a full answer"),
-    Metric("tokens_in", "tokens", None, "prompt tokens of completed requests, by the server's count"),
-    Metric("tokens_out", "tokens", None, "output tokens of completed requests, by the server's count"),
-    Metric("duration_s", "s", None, "seconds under load, from a round's start to its last request's end"),
+    Metric("max_load_under_slo", "concurrency or requests/s", "higher", "highest load that keeps the SLOs", "none"),
+    Metric("cost_per_million_tokens", "price per 1M output tokens", "lower", "price of the machine's time", "tokens"),
+    Metric("energy_j_per_token", "J/token", "lower", "energy of the trial's GPUs per output token", "tokens"),
+    Metric("perplexity", "1", "lower", "perplexity of a fixed text", "none"),
+    Metric("perplexity_rise", "share", None, "rise of the perplexity over the baseline's", "none"),
+    Metric("answer_change", "share", None, "share of words at which greedy answers part from the baseline's", "none"),
+    Metric("preemptions", "preemptions", None, "requests put back by the engine for want of KV cache", "sum"),
+    Metric("kv_cache_usage_mean", "share", None, "share of the KV cache in use, over the load's time"),
+    Metric("kv_cache_usage_max", "share", None, "largest share of the KV cache in use", "max"),
+    Metric("queue_length_mean", "requests", None, "requests that wait in the engine, over the load's time"),
+    Metric("queue_length_max", "requests", None, "most requests that waited in the engine at once", "max"),
+    Metric("prefix_cache_hit_rate", "share", None, "share of prompt tokens found in the prefix cache"),
+    Metric("drift", "share", None, "output throughput of the last round over the first's, less 1"),
+    Metric("requests", "requests", None, "requests sent, failed ones included", "sum"),
+    Metric("requests_failed", "requests", None, "requests without a full answer", "sum"),
+    Metric("tokens_in", "tokens", None, "prompt tokens of completed requests, by the server's count", "sum"),
+    Metric("tokens_out", "tokens", None, "output tokens of completed requests, by the server's count", "sum"),
+    Metric("duration_s", "s", None, "seconds under load, from a round's start to its last request's end", "sum"),
 ]
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _TABLE})
 """Every metric that a trial may have, by name."""
+
+AGAINST_BASELINE = ("perplexity_rise", "answer_change")
+"""The baseline has none, so they are limits (`quality`) and no objectives."""
+ENGINE_METRICS = (
+    "preemptions",
+    "kv_cache_usage_mean",
+    "kv_cache_usage_max",
+    "queue_length_mean",
+    "queue_length_max",
+    "prefix_cache_hit_rate",
+)
+"""What the engine tells of itself, where it does. They explain a result, and are no objectives."""
 
 
 def is_metric(name: str, levels: Collection[str] = ()) -> bool:
     """Whether `name` is in `METRICS`, alone or at one of the load `levels`: `ttft_ms_p90@c16`."""
     base, at, level = name.partition("@")
-    return base in METRICS and (not at or level in levels)
+    return base in METRICS and (not at or (level in levels and METRICS[base].across != "none"))
+
+
+def samples_needed(name: str) -> int:
+    """The fewest requests of which one at least is above the true percentile with 95 % confidence.
+
+    All n lie below the percentile q with a chance of q^n, so it is the smallest n with 1 - q^n >= 0.95. `name` is a
+    metric's, at whatever load level, or a statistic's; 0 for what is no percentile.
+
+    >>> [samples_needed(name) for name in ("p50", "p90", "p95", "ttft_ms_p99@c16", "ttft_ms_mean")]
+    [5, 29, 59, 299, 0]
+    """
+    percentile = _PERCENTILES.get(name.partition("@")[0].rpartition("_")[2])
+    return 0 if percentile is None else math.ceil(math.log(1 - CONFIDENCE) / math.log(percentile / 100))
 
 
 def summarize(records: Sequence[RequestRecord], duration_s: float, slo: SLO | None = None) -> dict[str, float]:
@@ -101,6 +146,7 @@ def summarize(records: Sequence[RequestRecord], duration_s: float, slo: SLO | No
         **_throughput(completed, duration_s),
         **_goodput(records, duration_s, slo or {}),
         **_latencies(completed),
+        **_drift(records),
         "failed_share": 1 - len(completed) / len(records),
         "requests": float(len(records)),
         "requests_failed": float(len(records) - len(completed)),
@@ -108,20 +154,41 @@ def summarize(records: Sequence[RequestRecord], duration_s: float, slo: SLO | No
     }
 
 
-def combine(levels: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def combine(levels: Mapping[str, Mapping[str, float]], wanted: Collection[str] = ()) -> dict[str, float]:
     """A trial's metrics from those of its load levels, plus each level's own as `name@level`.
 
-    Every level counts: a metric that one of them lacks is absent. Totals are summed, all else is averaged. Raises
-    `EmptySample` without a level.
+    Every level counts: a metric that one of them lacks is absent, and so is all but sums where one of the levels
+    `wanted` was not run at all. `Metric.across` says how values become one. Raises `EmptySample` without a level.
     """
     if not levels:
         raise EmptySample("No load level was measured.")
     first, *others = levels.values()
-    common = [name for name in first if all(name in other for other in others)]
-    combined = {name: _over_levels(name, [level[name] for level in levels.values()]) for name in common}
+    whole = all(label in levels for label in wanted)
+    names = [name for name in first if all(name in other for other in others)]
+    names = [name for name in names if whole or METRICS[name].across == "sum"]
+    combined = {name: _over_levels(name, list(levels.values())) for name in names}
     for label, level in levels.items():
         combined |= {f"{name}@{label}": value for name, value in level.items()}
     return combined
+
+
+def cost_metrics(level: Mapping[str, float], price_per_hour: float | None, gpus: float) -> dict[str, float]:
+    """`cost_per_million_tokens` of one load level; empty without a price, or without a token to pay for.
+
+    The price is that of one GPU times the `gpus` that the trial holds, or of the machine where it holds less than one.
+    """
+    tokens = level.get("tokens_out", 0.0)
+    if price_per_hour is None or tokens <= 0:
+        return {}
+    paid = price_per_hour * max(gpus, 1.0) * level["duration_s"] / 3600
+    return {"cost_per_million_tokens": paid / tokens * 1e6}
+
+
+def energy_metrics(joules: float | None, tokens_out: float) -> dict[str, float]:
+    """`energy_j_per_token` of one load level; empty without a measurement, which an energy of 0 is not."""
+    if joules is None or not 0 < joules < math.inf or tokens_out <= 0:
+        return {}
+    return {"energy_j_per_token": joules / tokens_out}
 
 
 def _completed(records: Sequence[RequestRecord]) -> list[RequestRecord]:
@@ -189,5 +256,26 @@ def _statistics(sample: Sequence[float]) -> dict[str, float]:
     return {"mean": float(values.mean()), **dict(zip(_PERCENTILES, percentiles.tolist(), strict=True))}
 
 
-def _over_levels(name: str, values: Sequence[float]) -> float:
-    return sum(values) if METRICS[name].is_total else sum(values) / len(values)
+def _drift(records: Sequence[RequestRecord]) -> dict[str, float]:
+    """By which share the last round's output throughput differs from the first's; empty with one round."""
+    rounds: dict[int, list[RequestRecord]] = {}
+    for record in records:
+        rounds.setdefault(record.round, []).append(record)
+    first, last = (_output_tok_s(rounds[number]) for number in (min(rounds), max(rounds)))
+    return {"drift": last / first - 1} if len(rounds) > 1 and first > 0 else {}
+
+
+def _output_tok_s(records: Sequence[RequestRecord]) -> float:
+    duration_s = recorded.duration_s(records)
+    return sum(record.tokens_out or 0 for record in records if record.ok) / duration_s if duration_s > 0 else 0.0
+
+
+def _over_levels(name: str, levels: Sequence[Mapping[str, float]]) -> float:
+    values, across = [level[name] for level in levels], METRICS[name].across
+    if across == "sum":
+        return sum(values)
+    if across == "max":
+        return max(values)
+    # Any one metric by tokens has tokens, or it would not be there.
+    weights = [level["tokens_out"] if across == "tokens" else 1.0 for level in levels]
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

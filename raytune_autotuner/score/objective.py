@@ -1,12 +1,13 @@
-"""From the metrics of a trial to its score, and how far it is from keeping its SLOs. No constants are mixed in.
+"""From the metrics of a trial's load levels to its scores, and how far it is from keeping its SLOs.
 
-Three layers, best first, kept apart by one constraint value v that every trial gets:
+No constants are mixed in. Three layers, best first, kept apart by one constraint value v that every trial gets:
 
-- feasible, v <= 0: every SLO is met, v is minus the margin of the tightest one;
+- feasible, v <= 0: every SLO is met at every load level (where `max_load_under_slo` is looked for: at the lowest),
+  v is minus the margin of the tightest one;
 - an SLO missed, 0 < v < 1: v = t / (1 + t), where t is the total relative violation;
 - failed, 1 < v <= 2: see `score.grades`.
 
-Within a layer of measured trials the score decides, in the metric's own unit and direction.
+Within a layer of measured trials the scores decide, each in its metric's own unit and direction.
 """
 
 from __future__ import annotations
@@ -14,23 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
+from raytune_autotuner.score import slo
 from raytune_autotuner.score.grades import Direction, penalty, progress_violation
+from raytune_autotuner.score.metrics import combine, cost_metrics, samples_needed
+from raytune_autotuner.score.slo import constraint_value, max_load_under_slo, measured
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
-
-SLO: TypeAlias = Mapping[str, Mapping[str, float]]
-"""Metric to statistic to upper limit: `{ttft_ms: {p99: 500}}`."""
-
-UNMEASURED_EXCESS = 1_000.0
-"""Relative violation of an SLO that has no finite measurement: as if its limit were missed a thousand times over."""
-MAX_EXCESS = 1e6
-"""A limit is never counted as missed by more, so that sums stay finite."""
-NO_SLO_VALUE = -1.0
-"""Constraint value of a measured trial in a study without SLOs: the margin of a latency of nothing."""
-_BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +36,7 @@ class Assessment:
     penalty: float | None = None
     """What the failure costs under the study's grade; never a measurement. None under `infinite`: no number to show."""
     failure: Failure | None = None
-    """The failure, also the one found here: an objective without a measurement."""
+    """The failure, also the one found here: an objective without a measurement, too few samples for a percentile."""
 
     @property
     def score(self) -> float | None:
@@ -57,60 +49,35 @@ class Assessment:
         return bool(self.scores) and self.violation is not None and self.violation <= 0
 
 
-def slo_metric(metric: str, statistic: str) -> str:
-    """The flat name under which a trial's metrics hold an SLO's measurement.
+def trial_metrics(study: Study, levels: Mapping[str, Mapping[str, float]], gpus: float = 0.0) -> dict[str, float]:
+    """A trial's metrics from those of its load levels by label, cost and highest load included.
 
-    >>> slo_metric("ttft_ms", "p99")
-    'ttft_ms_p99'
+    `gpus` is what the trial holds. Raises `EmptySample` without a level.
     """
-    return f"{metric}_{statistic}"
+    price, loads = study.resources.price_per_hour, slo.loads(study.workload)
+    priced = {label: {**level, **cost_metrics(level, price, gpus)} for label, level in levels.items()}
+    metrics = combine(priced, loads)
+    if study.objective.slo and len(loads) > 1:
+        metrics[slo.MAX_LOAD] = max_load_under_slo(levels, loads, study.objective)
+    return metrics
 
 
-def measured(metrics: Mapping[str, float], name: str) -> float | None:
-    """The finite value of a metric; None where it is absent, NaN or infinite: no value is not a value."""
-    value = metrics.get(name)
-    return value if value is not None and math.isfinite(value) else None
-
-
-def excesses(metrics: Mapping[str, float], slo: SLO) -> Iterator[float]:
-    """For each SLO limit (value - limit) / limit: below 0 the margin, above 0 the miss."""
-    for metric, limits in slo.items():
-        for statistic, limit in limits.items():
-            value = measured(metrics, slo_metric(metric, statistic))
-            yield UNMEASURED_EXCESS if value is None else min((value - limit) / limit, MAX_EXCESS)
-
-
-def total_violation(metrics: Mapping[str, float], slo: SLO) -> float:
-    """Sum over all SLO limits of the relative miss: 0 when all are met, continuous there, growing with each miss.
-
-    >>> total_violation({"ttft_ms_p99": 750.0}, {"ttft_ms": {"p99": 500.0}})
-    0.5
-    """
-    return sum(max(0.0, excess) for excess in excesses(metrics, slo))
-
-
-def constraint_value(metrics: Mapping[str, float], slo: SLO) -> float:
-    """The constraint's value of a measured trial: at most 0 when every SLO is met, else in (0, 1).
-
-    >>> constraint_value({"ttft_ms_p99": 400.0}, {"ttft_ms": {"p99": 500.0}})
-    -0.2
-    """
-    total = total_violation(metrics, slo)
-    if total > 0:
-        return min(total / (1.0 + total), _BELOW_ONE)
-    return max(excesses(metrics, slo), default=NO_SLO_VALUE)
+def violation(study: Study, metrics: Mapping[str, float]) -> float:
+    """The constraint's value of a measured trial, over the load levels at which its SLOs must hold."""
+    return constraint_value(metrics, study.objective, _judged_levels(study))
 
 
 def assess(study: Study, result: TrialResult) -> Assessment:
     """The worth of one trial's result.
 
-    A result whose objective was not measured is a failure of the load, never a 0: `Assessment.failure` has it.
+    A result that lacks an objective, or the requests that a percentile needs, is a failure of the load, never a 0:
+    `Assessment.failure` has it.
     """
-    score = measured(result.metrics, study.objective.metric)
-    failure = result.failure
-    if failure is None and score is not None:
-        return Assessment((score,), constraint_value(result.metrics, study.objective.slo))
-    return assess_failure(study, failure or _unmeasured(study, result), result.seconds.get("total", 0.0))
+    failure = result.failure or _unmeasured(study, result.metrics) or _too_few(study, result.metrics)
+    if failure is not None:
+        return assess_failure(study, failure, result.seconds.get("total", 0.0))
+    scores = tuple(result.metrics[name] for name, _ in study.objective.targets)
+    return Assessment(scores, violation(study, result.metrics))
 
 
 def assess_failure(study: Study, failure: Failure, elapsed_s: float = 0.0) -> Assessment:
@@ -148,14 +115,44 @@ def softened(score: float, violation: float, direction: Direction) -> float:
     return score + abs(score) * share / (1.0 - share)
 
 
-def _unmeasured(study: Study, result: TrialResult) -> Failure:
-    name = study.objective.metric
-    state = f"is {result.metrics[name]}" if name in result.metrics else "is missing"
-    return Failure(
-        Stage.LOAD,
-        Kind.BAD_RESPONSES,
-        Blame.PARAMETERS,
-        f"the objective's metric {name!r} {state} among {len(result.metrics)} metrics",
-        "Check the name in objective, and load.log for requests that failed.",
-        share=1.0,
-    )
+def _judged_levels(study: Study) -> list[str]:
+    """The labels of the load levels at which every SLO must hold; none where there is one level, named or not."""
+    levels = [*slo.loads(study.workload)]
+    if len(levels) < 2:
+        return []
+    return levels[:1] if slo.scans_loads(study.objective) else levels
+
+
+def _unmeasured(study: Study, metrics: Mapping[str, float]) -> Failure | None:
+    name = next((name for name, _ in study.objective.targets if measured(metrics, name) is None), None)
+    if name is None:
+        return None
+    state = f"is {metrics[name]}" if name in metrics else "is missing"
+    evidence = f"the objective's metric {name!r} {state} among {len(metrics)} metrics"
+    return _bad_load(evidence, "Check the name in objective, and load.log for requests that failed.")
+
+
+def _too_few(study: Study, metrics: Mapping[str, float]) -> Failure | None:
+    """A percentile that decides something, and for which too few requests were completed."""
+    for name, at in _decisive(study):
+        needed = samples_needed(name)
+        if slo.lacks_samples(metrics, needed, at):
+            where = f" at {at[1:]}" if at else ""
+            evidence = f"{slo.completed(metrics, at):g} requests were completed{where}, but {name} needs {needed}"
+            return _bad_load(evidence, "Raise workload.requests or rounds, so that some may fail; load.log says why.")
+    return None
+
+
+def _decisive(study: Study) -> Iterator[tuple[str, str]]:
+    """The metrics that objectives and SLOs rest on, and where: `@c16`, or nothing where there is one load level."""
+    levels = slo.loads(study.workload)
+    everywhere = [f"@{level}" for level in levels] if len(levels) > 1 else [""]
+    for name, _ in study.objective.targets:
+        base, at, level = name.partition("@")
+        yield from ((base, place) for place in ([f"@{level}"] if at else everywhere))
+    judged = [f"@{level}" for level in _judged_levels(study)] or [""]
+    yield from ((name, place) for name in slo.slo_metrics(study.objective) for place in judged)
+
+
+def _bad_load(evidence: str, remedy: str) -> Failure:
+    return Failure(Stage.LOAD, Kind.BAD_RESPONSES, Blame.PARAMETERS, evidence, remedy, share=1.0)

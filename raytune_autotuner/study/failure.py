@@ -74,6 +74,7 @@ class Kind(StrEnum):
     BAD_RESPONSES = "bad-responses"
     QUALITY_LOSS = "quality-loss"
     CLIENT_LIMITED = "client-limited"
+    CLOCK_JUMPED = "clock-jumped"
     UNKNOWN = "unknown"
 
 

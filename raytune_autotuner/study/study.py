@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.space import Params, SearchSpace, check_name, parse_space
+from raytune_autotuner.study.spaces import written_out
 
 MAX_STUDY_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -222,12 +223,22 @@ class SearchSpec(_Model):
 
     trials: Positive = 20
     """Measured and graded trials, the baseline included; refused and retried ones do not count."""
-    sampler: Literal["auto", "tpe", "gp", "random", "grid"] = "auto"
+    sampler: Literal["auto", "tpe", "gp", "nsga2", "random", "grid"] = "auto"
     seed: Seed = 0
     time_budget: Duration | None = None
     """No new trial starts after it; running ones end by their own deadline."""
     points: tuple[dict[str, Any], ...] = ()
     """Settings to try first, after the baseline."""
+    warm_start: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    """Results folders of earlier studies of the same model, engine, hardware and workload, to learn from."""
+    target: Annotated[float, Field(strict=True)] | None = None
+    """The search ends once the (first) objective is as good as this, with every SLO met."""
+    plateau: Positive | None = None
+    """The search ends after so many trials in a row that found nothing better."""
+    stop_early: Annotated[bool, Field(strict=True)] = True
+    """Whether a trial ends between two loads once it cannot beat the best one so far."""
+    max_failures_in_a_row: Positive = 50
+    """The search ends after so many failed trials in a row."""
 
 
 class TrialSpec(_Model):
@@ -344,6 +355,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         key = _override(raw, override)
         places = {known: place for known, place in places.items() if not _is_below(known, key)}
         places[key] = f"--set {shown(override)}"
+    raw = written_out(raw, lambda file: _parse_yaml(_read(file), str(file))[0])
     return parse_study(raw, source=str(path), places=places)
 
 

@@ -23,6 +23,8 @@ class State(StrEnum):
     MEASURED = "measured"
     FAILED = "failed"
     """By the parameters' (or the study's) fault: graded."""
+    STOPPED = "stopped"
+    """Ended between two of its loads, as it could not beat the best trial any more: told by its bound."""
     LOST = "lost"
     """By the environment's fault: not told to the sampler, run again as a new trial."""
     INTERRUPTED = "interrupted"
@@ -36,7 +38,7 @@ class State(StrEnum):
     @property
     def teaches(self) -> bool:
         """Whether the sampler learns from it, and the budget counts it."""
-        return self in (State.MEASURED, State.FAILED)
+        return self in (State.MEASURED, State.FAILED, State.STOPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class TrialRow:
     """What the failure cost; never a measurement."""
     relative: float | None = None
     """`score` over the baseline's score."""
+    bound: float | None = None
+    """Of a stopped trial: the best that the (first) objective could still have come to; never a measurement."""
     retry_of: int | None = None
     """Number of the lost trial that this one runs again."""
     verifies: int | None = None

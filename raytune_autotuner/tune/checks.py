@@ -7,49 +7,143 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from raytune_autotuner.load.workload import levels, parse_traffic
-from raytune_autotuner.score.metrics import LATENCIES, METRICS, REQUEST_LATENCIES, STATISTICS, is_metric
+from raytune_autotuner.load.workload import check_traffic, levels
+from raytune_autotuner.score.metrics import (
+    AGAINST_BASELINE,
+    ENGINE_METRICS,
+    LATENCIES,
+    METRICS,
+    REQUEST_LATENCIES,
+    STATISTICS,
+    Metric,
+    is_metric,
+    samples_needed,
+)
+from raytune_autotuner.score.slo import MAX_LOAD, loads
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.tune.samplers import MAX_GRID, grid_points, make_sampler
 from raytune_autotuner.tune.tell import in_order
 
-_NEED_SLO = ("goodput_rps", "slo_attainment")
+_JUDGE_REQUESTS = ("goodput_rps", "slo_attainment")
 _VERBS = {"higher": "maximize", "lower": "minimize"}
+_CHANGES_ANSWERS = (
+    "dtype",
+    "quantization",
+    "kv-cache-dtype",
+    "calculate-kv-scales",
+    "mamba-cache-dtype",
+    "mamba-ssm-cache-dtype",
+    "speculative-config",
+    "hf-overrides",
+    "load-format",
+)
+"""vLLM's flags of which one value may answer otherwise, or worse, than another."""
 
 
 def check_study(study: Study, results: Path) -> None:
     """Raise `ConfigError` where the study cannot run or end with a winner, or nothing can be written to `results`."""
-    _check_objective(study)
+    for name, direction in study.objective.targets:
+        where = f"objective.{direction}"
+        _check_measured(study, where, name, _known_metric(study, where, name, direction))
     _check_slo(study)
-    parse_traffic(study.workload.traffic)
+    _check_attainment(study)
+    _check_samples(study)
+    check_traffic(study.workload)
     _check_space(study)
     make_sampler(study, concurrency=1)
     _check_writable(results)
 
 
-def _check_objective(study: Study) -> None:
-    objective = study.objective
-    where, name = f"objective.{objective.direction}", objective.metric
+def quality_notes(study: Study) -> list[str]:
+    """Warnings for people: what is searched may change answers, and no `quality` section holds them to the baseline's.
+
+    A fixed argument is no concern: the baseline has it too.
+    """
+    found = [name for name in study.space.by_name if name.partition(".")[0] in _CHANGES_ANSWERS]
+    if study.quality is not None or not found:
+        return []
+    return [
+        f"{', '.join(found)} may change the answers, and nothing checks them: a setting that answers worse can win. "
+        "Add `quality: {}` to hold every setting's answers against the baseline's."
+    ]
+
+
+def _known_metric(study: Study, where: str, name: str, direction: str) -> Metric:
+    """The metric that an objective names; raises `ConfigError` for what is none, or none to go in that direction."""
     if not is_metric(name, labels := [level.label for level in levels(study.workload)]):
-        base, at, _ = name.partition("@")
-        there = f"{base}@{labels[0]}" if at and base in METRICS else None
-        raise ConfigError(f"{where}: there is no metric {shown(name)}.{_hint(name, METRICS, there)}")
+        raise ConfigError(f"{where}: there is no metric {shown(name)}.{_nearest_metric(name, labels)}")
     metric = METRICS[name.partition("@")[0]]
     if metric.better is None:
-        raise ConfigError(
-            f"{where}: {name} is a count that the workload sets; take one such as request_throughput_rps."
-        )
-    if _VERBS[metric.better] != objective.direction:
+        raise ConfigError(f"{where}: {name} {_why_no_objective(metric)}.")
+    if _VERBS[metric.better] != direction:
         raise ConfigError(f"{where}: of {name}, {metric.better} is better; write {_VERBS[metric.better]}: {name}.")
-    if metric.name in _NEED_SLO and not any(objective.slo.get(latency) for latency in REQUEST_LATENCIES):
-        raise ConfigError(
-            f"{where}: {name} counts requests that met the SLOs, but objective.slo limits none of "
-            f"{', '.join(REQUEST_LATENCIES)}.\nAdd one, such as slo: {{ttft_ms: {{p99: 500}}}}."
+    return metric
+
+
+def _nearest_metric(name: str, labels: list[str]) -> str:
+    base, at, _ = name.partition("@")
+    if at and base in METRICS:
+        of_trial = METRICS[base].across == "none" or not labels
+        return _hint(name, METRICS, base if of_trial else f"{base}@{labels[0]}")
+    return _hint(name, METRICS)
+
+
+def _why_no_objective(metric: Metric) -> str:
+    """What it is, and what to take in its place."""
+    if metric.name in AGAINST_BASELINE:
+        return "is held against the baseline, which has none; limit it under quality, or minimize: perplexity"
+    if metric.name in ENGINE_METRICS:
+        return "tells what the engine does, not what it gives; take one such as output_throughput_tok_s"
+    what = "tells how steady the measurement was" if metric.name == "drift" else "is a count that the workload sets"
+    return f"{what}; take one such as request_throughput_rps"
+
+
+def _check_measured(study: Study, where: str, name: str, metric: Metric) -> None:
+    """Raise `ConfigError` for an objective that this study cannot measure."""
+    lacking = {
+        **dict.fromkeys(_JUDGE_REQUESTS, _no_request_slo(study)),
+        MAX_LOAD: _no_scan(study),
+        "cost_per_million_tokens": _no_price(study),
+        "energy_j_per_token": _no_gpu(study),
+        "perplexity": "" if study.quality else "is only measured where there is a quality section.\nAdd quality: {}.",
+    }
+    if why := lacking.get(metric.name):
+        raise ConfigError(f"{where}: {name} {why}")
+
+
+def _no_request_slo(study: Study) -> str:
+    if any(study.objective.slo.get(latency) for latency in REQUEST_LATENCIES):
+        return ""
+    return (
+        f"counts requests that met the SLOs, but objective.slo limits none of {', '.join(REQUEST_LATENCIES)}.\n"
+        "Add one, such as slo: {ttft_ms: {p90: 500}}."
+    )
+
+
+def _no_scan(study: Study) -> str:
+    if not study.objective.slo:
+        return "is the highest load that keeps the SLOs, but objective.slo has none.\nAdd slo: {ttft_ms: {p90: 500}}."
+    if len(loads(study.workload)) < 2:
+        return (
+            "is the highest of several load levels that keeps the SLOs, but workload has "
+            f"{'one' if study.workload.trace is None else 'a trace instead of any'}.\n"
+            "Write several, such as concurrency: [4, 8, 16, 32] or request_rate_rps: [1, 2, 4]."
         )
+    return ""
+
+
+def _no_price(study: Study) -> str:
+    if study.resources.price_per_hour is not None:
+        return ""
+    return "needs a price.\nWrite that of one GPU, or of the machine, such as resources: {price_per_hour: 2.5}."
+
+
+def _no_gpu(study: Study) -> str:
+    return "is that of the GPUs that a trial holds, but resources.gpus is 0." if study.resources.gpus == 0 else ""
 
 
 def _check_slo(study: Study) -> None:
@@ -58,11 +152,50 @@ def _check_slo(study: Study) -> None:
         if latency not in LATENCIES:
             raise ConfigError(f"{where}: there is no latency {shown(latency)}.{_hint(latency, LATENCIES)}")
         if not limits:
-            raise ConfigError(f"{where}: has no limit; write one, such as {latency}: {{p99: 500}}.")
+            raise ConfigError(f"{where}: has no limit; write one, such as {latency}: {{p90: 500}}.")
         for statistic in limits:
             if statistic not in STATISTICS:
                 hint = _hint(statistic, STATISTICS)
                 raise ConfigError(f"{where}.{statistic}: there is no statistic {shown(statistic)}.{hint}")
+
+
+def _check_attainment(study: Study) -> None:
+    objective = study.objective
+    if objective.attainment is None:
+        return
+    if not objective.slo:
+        raise ConfigError(
+            "objective.attainment: is the share of requests that must keep every limit of objective.slo; it has none.\n"
+            "Add one, such as slo: {ttft_ms: {mean: 500}}, or leave attainment out."
+        )
+    if pooled := [latency for latency in objective.slo if latency not in REQUEST_LATENCIES]:
+        raise ConfigError(
+            f"objective.slo.{pooled[0]}: objective.attainment judges requests one by one, and a request has no "
+            f"{pooled[0]}.\nLimit one of {', '.join(REQUEST_LATENCIES)}, or leave attainment out."
+        )
+
+
+def _check_samples(study: Study) -> None:
+    """Raise `ConfigError` where a percentile has fewer requests than 95 % confidence needs, all of them completed."""
+    load = study.workload
+    for key, name in _percentiles(study):
+        needed = samples_needed(name)
+        if load.requests * load.rounds < needed:
+            raise ConfigError(
+                f"{key}: a {name.rpartition('_')[2]} needs {needed} requests at a load level (95 % confidence), but "
+                f"requests {load.requests} x rounds {load.rounds} are {load.requests * load.rounds}.\n"
+                f"Raise workload.requests to {-(-needed // load.rounds)} or workload.rounds to "
+                f"{-(-needed // load.requests)}, with some to spare for requests that fail."
+            )
+
+
+def _percentiles(study: Study) -> Iterator[tuple[str, str]]:
+    """Each metric that the study rests on, with its key; those to check are percentiles."""
+    objective = study.objective
+    yield from ((f"objective.{direction}: {name}", name.partition("@")[0]) for name, direction in objective.targets)
+    if objective.attainment is None:
+        for latency, limits in objective.slo.items():
+            yield from ((f"objective.slo.{latency}.{stat}", f"{latency}_{stat}") for stat in limits)
 
 
 def _hint(name: str, known: Iterable[str], meant: str | None = None) -> str:

@@ -15,18 +15,23 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from raytune_autotuner.engine.contract import Engine, Launch
 from raytune_autotuner.engine.processes import free_port, make_mark
 from raytune_autotuner.engine.server import EngineServer
-from raytune_autotuner.load import client
+from raytune_autotuner.load import client, quality
+from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
+from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
 from raytune_autotuner.load.workload import Level, generate, levels
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import write_json, write_result
-from raytune_autotuner.score.metrics import combine, summarize
-from raytune_autotuner.score.records import Phase, RequestRecord
+from raytune_autotuner.score import slo
+from raytune_autotuner.score.metrics import summarize
+from raytune_autotuner.score.objective import trial_metrics
+from raytune_autotuner.score.quality import Quality, judge, loss
+from raytune_autotuner.score.records import Phase, RequestRecord, duration_s
 from raytune_autotuner.study.errors import TrialFailed
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params
@@ -41,6 +46,10 @@ Progress: TypeAlias = Callable[[Stage, float], None]
 PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
 DYING_S = 3.0
+MAX_BISECTIONS = 5
+CLOSE_ENOUGH = 1.05
+"""Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
+SERIES = "engine_metrics.parquet"
 
 
 @dataclass
@@ -54,8 +63,14 @@ class Evaluation:
     run_id: str
     trial_id: str
     on_progress: Progress = lambda stage, share: None
+    on_measured: Callable[[], None] = lambda: None
+    """Called once all loads are measured, before the engine is stopped."""
     gpus: Sequence[str] = ()
     """The GPUs that the trial holds; its engine sees no others."""
+    restart: int | None = None
+    """Of a verification, its number from 0: it gives the load seeds of its own, and refines the highest load."""
+    reference: Quality | None = None
+    """What the baseline's engine answered; None for the baseline itself."""
     deadline: float = 0.0
     """On `time.monotonic()`'s clock."""
     stage: Stage = Stage.ARGUMENTS
@@ -64,7 +79,10 @@ class Evaluation:
     _moving: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> Generator[Metrics, None, TrialResult]:
-        """Yields the metrics after each round and returns the result; a failure is a result too, never an exception."""
+        """Yields the metrics after each load (a round at one level) and returns the result.
+
+        A failure is a result too, never an exception.
+        """
         begun = time.monotonic()
         self.deadline = self.deadline or begun + self.study.trial.timeout_s
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -72,17 +90,26 @@ class Evaluation:
         self._load_log = LogWriter(self.workdir / "load.log")
         self._records: list[RequestRecord] = []
         self._durations: dict[str, float] = defaultdict(float)
+        self._watched: dict[tuple[str, int], tuple[Sample, ...]] = {}
+        self._quality: Metrics = {}
+        self._answers: tuple[str, ...] = ()
+        self._refined: float | None = None
+        self.values: dict[str, list[float]] = defaultdict(list)
         failure = None
         try:
             yield from self._measure()
+        except GeneratorExit:
+            self._log.write(self.stage, "ended between two loads: it cannot beat the best trial any more")
+            self._keep(TrialResult(self._metrics(), None, self.seconds, self._answers))
+            raise
         except TrialFailed as failed:
             failure = failed.failure
         except Exception as error:  # noqa: BLE001  the trial boundary: what went wrong is its result
             self._log.write(self.stage, traceback.format_exc())
             failure = self._unexpected(error)
-        metrics = self._metrics() if failure is None else {}
+        metrics = self._metrics() if failure is None else self._quality
         self.seconds["total"] = time.monotonic() - begun
-        result = TrialResult(metrics, failure, self.seconds)
+        result = TrialResult(metrics, failure, self.seconds, self._answers)
         self._keep(result)
         return result
 
@@ -94,9 +121,10 @@ class Evaluation:
             try:
                 server.start()
                 self._await_ready(server)
+                self._ask_quality(server)
                 self._warm_up(server)
-                for number in range(self.study.workload.rounds):
-                    yield self._round(server, number)
+                yield from self._loads(server)
+                self.on_measured()
             finally:
                 with self._timed("stop"):
                     # vLLM ignores SIGTERM while it starts, so there is nothing to wait for before it is ready.
@@ -125,6 +153,29 @@ class Evaluation:
         self._moved(Stage.READY, 0.0)
         self._log.write(self.stage, f"ready in {self.seconds['start']:.1f} s")
 
+    def _ask_quality(self, server: EngineServer) -> None:
+        """Hold the engine's answers against the baseline's; raise `TrialFailed` where they are too far from them."""
+        if self.study.quality is None:
+            return
+        try:
+            with self._timed("quality"):
+                found = quality.ask(
+                    server.base_url, self.engine.served_model, deadline=self.deadline, check=server.check
+                )
+        except TimeoutError:
+            self._out_of_time()
+        except quality.QualityUnknown as error:
+            blame = Blame.PARAMETERS if self.reference else Blame.STUDY
+            self._fail(Kind.QUALITY_LOSS, str(error), "Leave quality out of the study, or this setting.", blame)
+        self._quality["perplexity"] = found.perplexity
+        if self.reference is None:
+            self._answers = found.answers
+            return
+        lost = loss(found, self.reference)
+        self._quality |= {"perplexity_rise": lost.perplexity_rise, "answer_change": lost.answer_change}
+        if sentence := judge(lost, self.study.quality):
+            self._fail(Kind.QUALITY_LOSS, sentence, "If so much loss is acceptable, raise the limit under quality.")
+
     def _warm_up(self, server: EngineServer) -> None:
         if self.study.workload.warmup_requests == 0:
             return
@@ -133,24 +184,65 @@ class Evaluation:
             for level in levels(self.study.workload):
                 self._send(server, level, 0, "warmup", 0, 1)
 
-    def _round(self, server: EngineServer, number: int) -> Metrics:
-        scale = levels(self.study.workload)
+    def _loads(self, server: EngineServer) -> Generator[Metrics, None, None]:
+        """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""
+        scale, rounds = levels(self.study.workload), range(self.study.workload.rounds)
+        if slo.ends_at_first_miss(self.study.objective):
+            yield from self._scan(server, sorted(scale, key=load_of))
+            return
+        order = [(number, level) for number in rounds for level in scale]
+        for done, (number, level) in enumerate(order):
+            yield self._round(server, level, number, done, len(order))
+
+    def _scan(self, server: EngineServer, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
         rounds = self.study.workload.rounds
+        held = None
+        for place, level in enumerate(ascending):
+            for number in range(rounds):
+                yield self._round(server, level, number, place * rounds + number, len(ascending) * rounds)
+            if not self._meets(level):
+                if self.restart is not None and held is not None:
+                    yield from self._refine(server, held, level)
+                return
+            held = level
+
+    def _refine(self, server: EngineServer, held: Level, missed: Level) -> Generator[Metrics, None, None]:
+        """Between a level that keeps the SLOs and one that does not, halve the step until it is small."""
+        for _ in range(MAX_BISECTIONS):
+            between = middle(held, missed)
+            if between is None:
+                return
+            for number in range(self.study.workload.rounds):
+                yield self._round(server, between, number, 1, 1)
+            held, missed = (between, missed) if self._meets(between) else (held, between)
+            self._refined = load_of(held)
+
+    def _round(self, server: EngineServer, level: Level, number: int, done: int, of: int) -> Metrics:
+        """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
         with self._timed("load"):
-            for index, level in enumerate(scale):
-                self._reset_prefix_cache(server)
-                done = number * len(scale) + index
-                self._durations[level.label] += self._send(server, level, number, "measure", done, rounds * len(scale))
+            self._reset_prefix_cache(server)
+            with EngineWatch(server.base_url) as watch:
+                self._durations[level.label] += self._send(server, level, number, "measure", done, of)
+        self._watched[level.label, number] = watch.series
+        self._note_value(level, number)
         metrics = self._metrics()
-        objective = self.study.objective.metric
-        self._log.write(
-            self.stage, f"round {number + 1} of {rounds}: {objective} {metrics.get(objective, float('nan')):.4g}"
-        )
+        name, rounds = self.study.objective.metric.partition("@")[0], self.study.workload.rounds
+        here = metrics.get(f"{name}@{level.label}", metrics.get(name))
+        said = "" if here is None else f": {name} {here:.4g}"
+        self._log.write(self.stage, f"{level.label} round {number + 1} of {rounds}{said}")
         return metrics
+
+    def _note_value(self, level: Level, number: int) -> None:
+        """Keep the objective's value of this load by itself; a load alone may have none."""
+        sent = [r for r in self._records if (r.phase, r.level, r.round) == ("measure", level.label, number)]
+        value = summarize(sent, duration_s(sent), self.study.objective.slo).get(self.study.objective.metric)
+        if value is not None:
+            self.values[level.label].append(value)
 
     def _send(self, server: EngineServer, level: Level, number: int, phase: Phase, done: int, of: int) -> float:
         """Send one load and keep its records; returns its seconds. `done` of `of` loads lie behind it."""
-        requests = generate(self.study.workload, level, number, phase)
+        offset = 0 if self.restart is None else self.restart + 1
+        requests = generate(self.study.workload, level, number, phase, seed_offset=offset)
         stage = Stage.WARMUP if phase == "warmup" else Stage.LOAD
 
         def progress(finished: int, total: int, failed: int) -> None:
@@ -182,11 +274,7 @@ class Evaluation:
         failed = [record.error for record in load.records if record.error]
         share = len(failed) / max(len(load.records), 1)
         if not load.complete:
-            self._fail(
-                Kind.DEADLINE,
-                f"timed out after {self.study.trial.timeout_s:g} seconds",
-                "Raise trial.timeout_s, or lower workload.requests or rounds.",
-            )
+            self._out_of_time()
         if share > self.study.trial.max_failed_share:
             self._await_death(server)
             self._fail(
@@ -194,13 +282,15 @@ class Evaluation:
                 f"{len(failed)} of {len(load.records)} requests failed, the first with: {failed[0]}",
                 "See load.log and engine.log; if so many failures are acceptable, raise trial.max_failed_share.",
             )
-        if load.client_limited and self.stage is Stage.LOAD:
-            self._fail(
-                Kind.CLIENT_LIMITED,
-                f"the load client used {load.client_cpu_share:.0%} of a core",
-                "Lower the load, or leave the client more CPU.",
-                Blame.STUDY,
-            )
+        if load.trouble is not None and self.stage is Stage.LOAD:
+            self._fail(load.trouble.kind, load.trouble.evidence, load.trouble.remedy, load.trouble.blame)
+
+    def _out_of_time(self) -> NoReturn:
+        self._fail(
+            Kind.DEADLINE,
+            f"timed out after {self.study.trial.timeout_s:g} seconds",
+            "Raise trial.timeout_s, or lower workload.requests or rounds.",
+        )
 
     def _await_death(self, server: EngineServer) -> None:
         """Requests fail before the engine that was to answer them has ended: raise its own cause, if it does end."""
@@ -209,7 +299,7 @@ class Evaluation:
             server.check()
             time.sleep(0.1)
 
-    def _fail(self, kind: Kind, evidence: str, remedy: str, blame: Blame = Blame.PARAMETERS) -> None:
+    def _fail(self, kind: Kind, evidence: str, remedy: str, blame: Blame = Blame.PARAMETERS) -> NoReturn:
         raise TrialFailed(Failure(self.stage, kind, blame, evidence, remedy, self.share))
 
     def _unexpected(self, error: Exception) -> Failure:
@@ -219,13 +309,21 @@ class Evaluation:
         )
 
     def _metrics(self) -> Metrics:
-        """What all rounds so far come to, their samples pooled."""
-        by_level: dict[str, list[RequestRecord]] = defaultdict(list)
-        for record in self._records:
-            if record.phase == "measure":
-                by_level[record.level].append(record)
-        slo = self.study.objective.slo
-        return combine({level: summarize(r, self._durations[level], slo) for level, r in by_level.items()})
+        """What all loads so far come to, the samples of all rounds pooled."""
+        asked = [level.label for level in levels(self.study.workload)]
+        of_levels = {label: self._level_metrics(label) for label in asked if label in self._durations}
+        metrics = trial_metrics(self.study, of_levels, float(len(self.gpus)))
+        if self._refined is not None:
+            metrics[slo.MAX_LOAD] = self._refined
+        return metrics | self._quality
+
+    def _level_metrics(self, label: str) -> Metrics:
+        records = [record for record in self._records if record.phase == "measure" and record.level == label]
+        watched = [series for (level, _), series in self._watched.items() if level == label]
+        return summarize(records, self._durations[label], self.study.objective.slo) | summarize_engine(watched)
+
+    def _meets(self, level: Level) -> bool:
+        return slo.meets(self._level_metrics(level.label), self.study.objective)
 
     def _engine_moved(self, stage: Stage, share: float) -> None:
         """The engine's log moved. To it the first probe that was answered is load already; to a trial that is ready."""
@@ -266,6 +364,7 @@ class Evaluation:
         """Write down what was measured; a disk that is full must not take it from those who wait for it."""
         try:
             write_records(self.workdir / "requests.parquet", self._records)
+            write_series(self.workdir / SERIES, self._watched)
             write_result(self.workdir, result)
             self._log.write(self.stage, str(result.failure or f"measured in {self.seconds['total']:.1f} s"))
         except OSError as error:
@@ -273,3 +372,20 @@ class Evaluation:
         finally:
             self._log.close()
             self._load_log.close()
+
+
+def load_of(level: Level) -> float:
+    """Requests in flight, or per second; 0 for a trace."""
+    return float(level.concurrency or level.rate_rps or 0)
+
+
+def middle(held: Level, missed: Level) -> Level | None:
+    """The load halfway between two levels of one kind; None where they are next to each other."""
+    if held.concurrency is not None and missed.concurrency is not None:
+        between = (held.concurrency + missed.concurrency) // 2
+        near = missed.concurrency - held.concurrency <= 1 or missed.concurrency / held.concurrency < CLOSE_ENOUGH
+        return None if near else Level(f"c{between}", concurrency=between)
+    assert held.rate_rps is not None
+    assert missed.rate_rps is not None
+    rate = float(f"{(held.rate_rps * missed.rate_rps) ** 0.5:.4g}")
+    return None if missed.rate_rps / held.rate_rps < CLOSE_ENOUGH else Level(f"r{rate:g}", rate_rps=rate)

@@ -35,6 +35,7 @@ class TrialMonitor:
         self._live: set[str] = set()
         self._standing: dict[str, Standing] = {}
         self._closed = False
+        self._over = False
 
     def __repr__(self) -> str:
         """As the Ray dashboard shows the actor."""
@@ -42,7 +43,7 @@ class TrialMonitor:
 
     async def watch(self) -> None:
         """End trials whose time is up; runs until the study ends."""
-        while True:
+        while not self._over:
             now = time.time()
             for trial_id in list(self._actors):
                 standing = self._standing[trial_id]
@@ -92,6 +93,10 @@ class TrialMonitor:
         self._closed = True
         for trial_id in list(self._actors):
             self._end(trial_id, None)
+
+    async def finish(self) -> None:
+        """The study has ended: stop watching, or Ray would tell of a task that was lost with it."""
+        self._over = True
 
     def _end(self, trial_id: str, kind: Kind | None) -> None:
         self._standing[trial_id] = replace(self._standing[trial_id], ended_by=kind, ended_at=time.time())

@@ -18,7 +18,10 @@ from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.engine.server import LOG_NAME, read_end
 from raytune_autotuner.report.results import ResultsFolder, read_result, write_json
+from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import assess
+from raytune_autotuner.score.quality import Quality
+from raytune_autotuner.score.slo import NO_SLO_VALUE
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
@@ -53,6 +56,7 @@ class TrialReporter:
         self._on_change = on_change
         self._rows: dict[str, TrialRow] = {}
         self._keys: dict[str, str] = {}
+        self._stopped: dict[str, float] = {}
         self.interrupted = False
         self.ending: str | None = None
         """Why the search ends before its trials are used up."""
@@ -103,12 +107,12 @@ class TrialReporter:
         return any(failure is not None and failure.blame is Blame.STUDY for failure in failures)
 
     @property
-    def reference(self) -> dict[str, Any] | None:
-        """What the baseline answered, for `quality`; None where nothing is to be held against it."""
+    def reference(self) -> Quality | None:
+        """What the baseline's engine answered; None without `quality`, or before the baseline has ended."""
         baseline = self.baseline
         if self._study.quality is None or baseline is None:
             return None
-        return {"perplexity": baseline.result.metrics["perplexity"], "answers": list(baseline.result.answers)}
+        return Quality(baseline.result.metrics["perplexity"], baseline.result.answers)
 
     def end_search(self, reason: str) -> None:
         """No new trials from now on; `reason` is for people."""
@@ -150,6 +154,10 @@ class TrialReporter:
         """The trial's actor is being started."""
         self._put(trial_id, replace(self._rows[trial_id], state=State.RUNNING))
 
+    def stop(self, trial_id: str, bound: float) -> None:
+        """The trial is being ended between two loads; `bound` is the best that it could have come to."""
+        self._stopped[trial_id] = bound
+
     def ended(self, trial_id: str, report: Mapping[str, Any] | None) -> TrialRow:
         """The trial's final row; `report` is its last report to Ray Tune, None where its actor died.
 
@@ -184,6 +192,9 @@ class TrialReporter:
     def _result(self, row: TrialRow, report: Mapping[str, Any] | None, standing: Standing) -> TrialResult:
         if report is not None and RESULT in report:
             return TrialResult.from_dict(report[RESULT])
+        if row.trial_id in self._stopped:
+            partial = {name: value for name, value in (report or {}).items() if name.partition("@")[0] in METRICS}
+            return TrialResult(partial, None, {"total": standing.elapsed_s})
         # The actor died. A result that it had written before counts: its last second does not take it away.
         written = read_result(self._folder.trial_dir(row.number, row.trial_id))
         return written or TrialResult({}, self._cause(row, standing), {"total": standing.elapsed_s})
@@ -226,6 +237,9 @@ class TrialReporter:
 
     def _judged(self, row: TrialRow, result: TrialResult, standing: Standing) -> TrialRow:
         """The row with state, score or penalty, and its place against the baseline."""
+        if row.trial_id in self._stopped:
+            bound = self._stopped[row.trial_id]
+            return replace(row, state=State.STOPPED, result=result, bound=bound, violation=NO_SLO_VALUE)
         if self.interrupted and result.failure is not None and standing.ended_by is None:
             return replace(row, state=State.INTERRUPTED, result=replace(result, failure=None))
         if result.failure is not None and result.failure.blame is Blame.ENVIRONMENT:

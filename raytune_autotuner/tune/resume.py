@@ -25,6 +25,9 @@ SUGGESTION = "trial.json"
 CHANGEABLE = (
     "search.trials",
     "search.time_budget",
+    "search.target",
+    "search.plateau",
+    "search.max_failures_in_a_row",
     "verify.top",
     "verify.restarts",
     "trial.retries",

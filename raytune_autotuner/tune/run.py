@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,21 +34,26 @@ from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.verdict import verdict
+from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.callback import StudyCallback
-from raytune_autotuner.tune.checks import check_study
+from raytune_autotuner.tune.checks import check_study, quality_notes
 from raytune_autotuner.tune.cluster import Cluster, running_cluster
+from raytune_autotuner.tune.early_stop import StopHopeless
 from raytune_autotuner.tune.files import bring_files
-from raytune_autotuner.tune.monitor import start_monitor
+from raytune_autotuner.tune.monitor import TICK_S, start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.resume import check_versions, elapsed_before_s, kept_rows, unfinished_run
 from raytune_autotuner.tune.samplers import make_sampler
 from raytune_autotuner.tune.searcher import StudySearch
 from raytune_autotuner.tune.standing import Standing
+from raytune_autotuner.tune.stopping import enough
 from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.trainable import EngineTrial, Job
+from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
 OK, NO_RESULT, INTERRUPTED = 0, 1, 130
 _STOP = (signal.SIGINT, signal.SIGTERM)
@@ -76,18 +81,21 @@ def run_study(
     if before is not None:
         check_versions(before, engine.versions())
     engine.preflight()
+    learned = learn_from_earlier(study, {"engine": engine.versions(), "machine": machine()})
     sweep_orphans()
     with ExitStack() as until_all_is_ended, running_cluster(address) as cluster:
         slots = cluster.slots(study, engine)
         folder = before or ResultsFolder.create(results.absolute(), study)
         watcher = make_watcher(verbose)
-        run = _Run(study, engine, cluster, slots, folder, watcher, trainable, resumed=before is not None)
+        run = _Run(study, engine, cluster, slots, folder, watcher, trainable, learned, resumed=before is not None)
         until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
             run.search()
             return run.finish()
         finally:
             watcher.close()
+            engine.close()
+            run.end_monitor()
             sweep_orphans()
 
 
@@ -102,6 +110,7 @@ class _Run:
     folder: ResultsFolder
     watcher: Watcher
     trainable: type[EngineTrial]
+    learned: Sequence[Learned] = ()
     resumed: bool = False
     begun: float = field(default_factory=time.time)
     standings: dict[str, Standing] = field(default_factory=dict)
@@ -138,6 +147,8 @@ class _Run:
         sampler, reason = make_sampler(self.study, self.slots, drawn)
         engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
         notes: tuple[str, ...] = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
+        notes += tuple(quality_notes(self.study))
+        notes += tuple(f"learned from {part}" for part in self.learned)
         if self.resumed:
             kept = sum(row.state.teaches for row in self.reporter.rows)
             notes += (f"resumed: {kept} trials kept, {len(self.again)} interrupted ones run again",)
@@ -158,6 +169,9 @@ class _Run:
             trial_resources=lambda params: self.cluster.trial_resources(self.study, self.engine, params),
             may_start=self._may_start,
             may_verify=self._may_verify,
+            refuse=self.engine.refuse,
+            on_refused=self._on_refused,
+            learned=self.learned,
         )
         if self.resumed:
             searcher.take_over(self.again)
@@ -167,6 +181,12 @@ class _Run:
         """End the running trials now, start no more, keep what was measured."""
         self.reporter.interrupted = True
         self.monitor.close.remote()
+
+    def end_monitor(self) -> None:
+        """The study's clock is needed no more."""
+        with suppress(ray.exceptions.RayError):
+            ray.get(self.monitor.finish.remote(), timeout=ANSWER_S)
+            time.sleep(2 * TICK_S)
 
     def finish(self) -> int:
         """Write the verdict down and say it; returns the exit code."""
@@ -199,6 +219,7 @@ class _Run:
             trainable,
             tune_config=TuneConfig(
                 search_alg=searcher,
+                scheduler=StopHopeless(study, lambda: self.reporter.searched, self.reporter.stop),
                 num_samples=-1,
                 metric=SCORE,
                 mode="max" if study.objective.direction == "maximize" else "min",
@@ -217,10 +238,15 @@ class _Run:
             ),
         )
 
+    def _on_refused(self, params: Params, why: str) -> None:
+        self.log.write_study(f"refused before any start {describe_params(params)}: {why}")
+
     def _may_start(self) -> bool:
         budget = self.study.search.time_budget
         if budget is not None and self._elapsed_s >= budget - self._verification_s(budget):
             self.reporter.end_search(f"the time budget of {budget:g} s is used up")
+        if reason := enough(self.study, self.reporter.searched):
+            self.reporter.end_search(reason)
         return not self.reporter.complete
 
     def _may_verify(self) -> bool:
@@ -283,14 +309,18 @@ class _Run:
 def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
     """What a result rests on: packages, machine, cluster."""
     packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas")}
-    machine = {
+    own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
+    return {"engine": engine.versions(), "packages": own | packages, "machine": machine(), "cluster": cluster.shape}
+
+
+def machine() -> dict[str, Any]:
+    """The machine of the study's driver."""
+    return {
         "system": platform.platform(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
-    own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
-    return {"engine": engine.versions(), "packages": own | packages, "machine": machine, "cluster": cluster.shape}
 
 
 def _version(package: str) -> str | None:
@@ -336,6 +366,3 @@ def _hear(reader: int, interrupt: Callable[[], None]) -> None:
         if heard:
             interrupt()
     os.close(reader)
-
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
@@ -27,9 +28,11 @@ from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.samplers import unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
 from raytune_autotuner.tune.verification import finalists, next_restart
+from raytune_autotuner.tune.warm_start import Learned, best_of
 
 logger = logging.getLogger(__name__)
 
+_MODES = {"maximize": "max", "minimize": "min"}
 MAX_REFUSALS = 100
 """Suggestions refused in a row after which the space counts as exhausted."""
 
@@ -50,6 +53,9 @@ class StudySearch(OptunaSearch):
         trial_resources: Callable[[Params], Mapping[str, float]],
         may_start: Callable[[], bool],
         may_verify: Callable[[], bool],
+        refuse: Callable[[Params], Failure | None] = lambda params: None,
+        on_refused: Callable[[Params, str], None] = lambda params, why: None,
+        learned: Sequence[Learned] = (),
     ) -> None:
         self._study = study
         self._reporter = reporter
@@ -59,17 +65,21 @@ class StudySearch(OptunaSearch):
         self._trial_resources = trial_resources
         self._may_start = may_start
         self._may_verify = may_verify
-        self._refused_in_a_row = 0
+        self._refuse = refuse
+        self._on_refused = on_refused
+        self._refused: set[str] = set()
         super().__init__(
             space=lambda trial: None,
-            metric=SCORE,
-            mode="max" if study.objective.direction == "maximize" else "min",
+            # One name for all: Ray only looks whether results have it. The modes are the Optuna study's directions.
+            metric=[SCORE for _ in study.objective.targets],
+            mode=[_MODES[direction] for _, direction in study.objective.targets],
             sampler=sampler,
             storage=storage,
             study_name=study.study,
         )
         if not self.ot_study.get_trials(deepcopy=False):
-            self._enqueue_first_points()
+            self._learn(learned)
+            self._enqueue_first_points(best_of(study, learned))
 
     @property
     def ot_study(self) -> optuna.Study:
@@ -162,10 +172,22 @@ class StudySearch(OptunaSearch):
     def restore(self, checkpoint_path: str) -> None:
         """The reverse of `save`."""
 
-    def _enqueue_first_points(self) -> None:
+    def _learn(self, learned: Sequence[Learned]) -> None:
+        """Tell Optuna what earlier studies have measured; these trials are none of this study's."""
+        for part in learned:
+            for row in part.rows:
+                self._enqueue(row.params, name=row.name)
+                ot_trial = self.ot_study.ask()
+                self._queued(ot_trial)
+                ot_trial.set_user_attr("warm_start", str(part.source))
+                self._teller.tell(self.ot_study, ot_trial, row)
+
+    def _enqueue_first_points(self, best: TrialRow | None) -> None:
         self._enqueue({}, name=BASELINE)
         for point in self._study.search.points:
             self._enqueue(point)
+        if best is not None:
+            self._enqueue(best.params)
 
     def _enqueue(self, params: Params, name: str = "", retry_of: int | None = None) -> None:
         """Queue exactly `params`; Optuna is given the defaults in force beside them, as far as the space has them."""
@@ -185,29 +207,49 @@ class StudySearch(OptunaSearch):
         for _ in range(MAX_REFUSALS):
             ot_trial = self.ot_study.ask()
             if "params" in ot_trial.user_attrs:
-                return ot_trial, self._queued(ot_trial)
-            params = suggest(ot_trial, self._study.space, self._study.fixed)
-            known = self._known(params)
-            broken = self._study.space.violated(params, self._study.fixed)
-            if broken is not None:
-                self._teller.tell_refused(self.ot_study, ot_trial, f"breaks `{broken.text}`")
-            elif known is None:
+                params, queued = self._queued(ot_trial), True
+            else:
+                params, queued = suggest(ot_trial, self._study.space, self._study.fixed), False
+            known = None if queued else self._known(params)
+            if known is not None:
+                self._answer_again(ot_trial, known)
+            elif (refused := self._refusal(params)) is not None:
+                self._teller.tell_refused(self.ot_study, ot_trial, refused)
+            else:
                 return ot_trial, params
-            elif known.state.teaches:
-                self._teller.tell_known(self.ot_study, ot_trial, known)
-            else:  # it runs just now
-                self.ot_study.tell(ot_trial, state=TrialState.FAIL)
         return self._left_over()
+
+    def _answer_again(self, ot_trial: optuna.Trial, known: TrialRow) -> None:
+        """The setting is known: its trial's answer once more, or nothing while that runs."""
+        if known.state.teaches:
+            self._teller.tell_known(self.ot_study, ot_trial, known)
+        else:
+            self.ot_study.tell(ot_trial, state=TrialState.FAIL)
+
+    def _refusal(self, params: Params) -> str | Failure | None:
+        """Why a setting is not worth a start: a constraint that it breaks, or the engine's own word."""
+        broken = self._study.space.violated(params, self._study.fixed)
+        refused = self._refuse(params) if broken is None else f"breaks `{broken.text}`"
+        if refused is not None:
+            self._refused.add(_key(params))
+            self._on_refused(params, str(refused))
+        return refused
 
     def _left_over(self) -> tuple[optuna.Trial | None, dict[str, Any]]:
         """A setting that the sampler keeps missing, or (None, {}) where all are tried."""
         space, fixed = self._study.space, self._study.fixed
-        params = unmeasured(space, fixed, lambda point: self._known(point) is not None, self._study.search.seed)
-        if params is None:
-            return None, {}
-        self._enqueue(params)
-        ot_trial = self.ot_study.ask()
-        return ot_trial, self._queued(ot_trial)
+        for _ in range(MAX_REFUSALS):
+            params = unmeasured(space, fixed, self._is_spent, self._study.search.seed)
+            if params is None:
+                return None, {}
+            if self._refusal(params) is None:
+                self._enqueue(params)
+                ot_trial = self.ot_study.ask()
+                return ot_trial, self._queued(ot_trial)
+        return None, {}
+
+    def _is_spent(self, params: Params) -> bool:
+        return self._known(params) is not None or _key(params) in self._refused
 
     def _known(self, params: Params) -> TrialRow | None:
         return self._reporter.known({**self._defaults, **params})
@@ -219,3 +261,7 @@ class StudySearch(OptunaSearch):
         placed = replace(space, parameters=tuple(p for p in space.parameters if p.name in given))
         suggest(ot_trial, placed, self._study.fixed)
         return dict(ot_trial.user_attrs["params"])
+
+
+def _key(params: Params) -> str:
+    return json.dumps(params, sort_keys=True, default=str)

@@ -1,12 +1,13 @@
 """What Optuna is told, and in which words: the search space as distributions, settings as points, ended trials.
 
 Rows of the results table go in; what comes out stands in Optuna's storage. Every trial that teaches ends COMPLETE with
-a value and, under the grades `progress` and `ignore`, with one constraint named `violation`; whatever Optuna should not
-learn from ends FAIL, which its samplers skip. The numbers are made in `score/`; Ray is not known here.
+a value for each objective and, under the grades `progress` and `ignore`, with one constraint named `violation`;
+whatever Optuna should not learn from ends FAIL, which its samplers skip. The numbers are made in `score/`; Ray is not
+known here.
 
 How the grades are told:
 
-- `progress`: a failure as the worst value measured so far, with its violation in (1, 2].
+- `progress`: a failure as the worst value measured so far of each objective, with its violation in (1, 2].
 - `elapsed`, `infinite`: a failure as its penalty and nothing else. A trial without a constraint counts as feasible
   to Optuna, so a missed SLO with one would rank below a crash; hence no trial of such a study has a constraint, and a
   missed SLO worsens the value told.
@@ -34,7 +35,9 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from raytune_autotuner.score.grades import Direction, elapsed_conflict
+from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import assess_failure, softened
+from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, SearchSpace
@@ -54,12 +57,15 @@ _SECONDS_UNIT = re.compile(r"(?<!tok)(?<!req)_s(_|$)")
 
 
 class Teller:
-    """Ends Optuna's trials by what became of them. Holds no state: all it needs stands in Optuna's storage."""
+    """Ends Optuna's trials by what became of them. Holds no state: all it needs stands in Optuna's storage.
+
+    The directions of the Optuna study are those of `objective.targets`, in that order.
+    """
 
     def __init__(self, study: Study) -> None:
         self._study = study
         self._grade = study.penalty.grade
-        self._ceiling = deadline_ceiling(study.objective.metric, study.trial.timeout_s)
+        self._ceilings = [deadline_ceiling(metric, study.trial.timeout_s) for metric, _ in study.objective.targets]
 
     def tell(self, ot_study: optuna.Study, ot_trial: optuna.Trial, row: TrialRow) -> None:
         """End `ot_trial` as the finished `row` did: measured, failed, lost or interrupted. To be called once a trial.
@@ -99,6 +105,9 @@ class Teller:
         ot_trial.set_user_attr("params", dict(row.params))
         if row.state is State.MEASURED:
             self._tell_measured(ot_study, ot_trial, row, state)
+        elif row.state is State.STOPPED and row.bound is not None:
+            _note(ot_trial, state, None, None)
+            self._complete(ot_study, ot_trial, [row.bound], row.violation)
         elif row.state is State.FAILED:
             failure = row.result.failure or _unexplained()
             self._tell_failed(ot_study, ot_trial, failure, row.violation, row.penalty, state)
@@ -107,9 +116,8 @@ class Teller:
             ot_study.tell(ot_trial, state=TrialState.FAIL)
 
     def _tell_measured(self, ot_study: optuna.Study, ot_trial: optuna.Trial, row: TrialRow, state: str) -> None:
-        assert row.score is not None
         assert row.violation is not None
-        pairs = zip([row.score], ot_study.directions, strict=True)
+        pairs = zip(scores_of(row), ot_study.directions, strict=True)
         values = [self._told(score, row.violation, way) for score, way in pairs]
         _note(ot_trial, state, None, None)
         ot_trial.set_user_attr("values", values)
@@ -154,18 +162,15 @@ class Teller:
         return [
             (min if way is StudyDirection.MAXIMIZE else max)(column)
             if (column := [values[index] for values in seen])
-            else (0.0 if way is StudyDirection.MAXIMIZE else self._ceiling)
-            for index, way in enumerate(ot_study.directions)
+            else (0.0 if way is StudyDirection.MAXIMIZE else ceiling)
+            for index, (way, ceiling) in enumerate(zip(ot_study.directions, self._ceilings, strict=True))
         ]
 
     def _warn_of_conflict(self, ot_study: optuna.Study) -> None:
         key = "warned_of_elapsed"
         if ot_study.user_attrs.get(key):
             return
-        trials = ot_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        penalties = [trial.values[0] for trial in trials if "penalty" in trial.user_attrs]
-        scores = [values[0] for values in _measured_values(ot_study)]
-        if conflict := elapsed_conflict(penalties, scores, _direction(ot_study.directions[0])):
+        if conflict := next(filter(None, _conflicts(ot_study)), None):
             logger.warning("%s", conflict)
             ot_study.set_user_attr(key, True)
 
@@ -173,11 +178,14 @@ class Teller:
 def deadline_ceiling(metric: str, timeout_s: float) -> float:
     """A finite value of `metric` that no measurement within the time limit exceeds: the limit in the metric's unit.
 
-    A metric that is no time in seconds gets the limit in milliseconds.
+    A metric that is no time in seconds gets the limit in milliseconds, and a share 1.
 
     >>> deadline_ceiling("ttft_ms_p99", 600.0), deadline_ceiling("duration_s", 600.0)
     (600000.0, 600.0)
     """
+    known = METRICS.get(metric.partition("@")[0])
+    if known is not None and known.unit == "share":
+        return 1.0
     return timeout_s if _SECONDS_UNIT.search(metric) else timeout_s * 1000.0
 
 
@@ -320,6 +328,16 @@ def _measured_values(ot_study: optuna.Study) -> list[Sequence[float]]:
     """The values of all measured trials, also of those without a place in the space."""
     trials: Iterator[Any] = (trial.user_attrs for trial in ot_study.get_trials(deepcopy=False))
     return [attributes["values"] for attributes in trials if attributes.get("state") == State.MEASURED]
+
+
+def _conflicts(ot_study: optuna.Study) -> Iterator[str | None]:
+    """For each objective a warning where the published scale ranks a failure above a measurement, else None."""
+    trials = ot_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    penalties = [trial.values for trial in trials if "penalty" in trial.user_attrs]
+    measured = _measured_values(ot_study)
+    for index, way in enumerate(ot_study.directions):
+        costs, scores = ([values[index] for values in told] for told in (penalties, measured))
+        yield elapsed_conflict(costs, scores, _direction(way))
 
 
 def _on_bad_side(cost: float, ot_study: optuna.Study) -> list[float]:

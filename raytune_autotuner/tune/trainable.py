@@ -22,6 +22,7 @@ from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.tune.early_stop import LOADS
 from raytune_autotuner.tune.evaluate import Evaluation, Metrics
 from raytune_autotuner.tune.reporter import RESULT, SCORE
 
@@ -58,7 +59,6 @@ class EngineTrial(tune.Trainable):
         self._rounds: Generator[Metrics, None, TrialResult] | None = None
         self._beaten_at = 0.0
         self._beaten_stage: Stage | None = None
-        self._measured = 0
         here = ray.get_runtime_context()
         joined = job.monitor.register.remote(self.trial_id, here.current_actor, here.get_node_id())
         self._welcome = self._ask_monitor(joined, default=True)
@@ -72,23 +72,22 @@ class EngineTrial(tune.Trainable):
         if not self._welcome:
             return {"done": True}
         if self._rounds is None:
-            self._rounds = self._evaluation().run()
+            self._evaluation = self._make_evaluation()
+            self._rounds = self._evaluation.run()
         try:
             metrics = next(self._rounds)
         except StopIteration as stop:
             return self._last(stop.value)
         self._job.monitor.beat.remote(self.trial_id, Stage.LOAD, 0.0, metrics)
-        self._measured += 1
-        if self._measured == self._job.study.workload.rounds:
-            self._ask_monitor(self._job.monitor.measured.remote(self.trial_id), default=None)
-        return {SCORE: metrics.get(self._job.study.objective.metric), **metrics}
+        return {SCORE: _told(metrics, self._job.study.objective.metric), LOADS: self._evaluation.values, **metrics}
 
     def cleanup(self) -> None:
         """Stop the engine where the trial is ended between two rounds."""
         if self._rounds is not None:
             self._rounds.close()
+            self._job.monitor.release.remote(self.trial_id)
 
-    def _evaluation(self) -> Evaluation:
+    def _make_evaluation(self) -> Evaluation:
         sweep_orphans()
         study = self._job.study
         gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
@@ -102,7 +101,10 @@ class EngineTrial(tune.Trainable):
             self._job.run_id,
             self.trial_id,
             on_progress=self._beat,
+            on_measured=self._measured,
             gpus=gpus,
+            restart=self.config["restart"],
+            reference=self.config["reference"],
             deadline=self._begun + study.trial.timeout_s + BACKSTOP_S,
         )
 
@@ -110,6 +112,9 @@ class EngineTrial(tune.Trainable):
         if stage is not self._beaten_stage or time.monotonic() - self._beaten_at >= BEAT_S:
             self._beaten_at, self._beaten_stage = time.monotonic(), stage
             self._job.monitor.beat.remote(self.trial_id, stage, share, None)
+
+    def _measured(self) -> None:
+        self._ask_monitor(self._job.monitor.measured.remote(self.trial_id), default=None)
 
     def _ask_monitor(self, answer: Any, default: Any) -> Any:
         """A monitor that is gone or mute costs a trial its clock at the monitor, and nothing else."""

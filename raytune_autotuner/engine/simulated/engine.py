@@ -11,9 +11,13 @@ from raytune_autotuner import __version__
 from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
 from raytune_autotuner.engine.reading import SIMULATED_RULES, LogRules
+from raytune_autotuner.engine.refusal import refusal
+from raytune_autotuner.engine.simulated.fate import fate
 from raytune_autotuner.engine.simulated.faults import parse_faults
+from raytune_autotuner.engine.simulated.log import traceback_of
 from raytune_autotuner.engine.simulated.setting import Hardware, Setting, known_flags, nearest_flag
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.failure import Failure, Stage
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
@@ -49,6 +53,23 @@ class SimulatedEngine:
             for name, values in flags.items():
                 if is_flag(name):
                     _check(f"{where}.{name}", name, values)
+
+    def refuse(self, params: Params) -> Failure | None:
+        """What its parser or its configuration would not take; faults that are put in on purpose are not foreseen."""
+        setting = {name: value for name, value in self._study.setting(params).items() if value is not None}
+        try:
+            fault = fate(Setting.from_params(setting), Hardware.from_params(setting))
+        except ConfigError as error:
+            return refusal([f"api_server.py: error: argument {error}"], 2, self.rules)
+        if fault is None or fault.stage.order > Stage.CONFIGURATION.order:
+            return None
+        if fault.stage is Stage.ARGUMENTS:
+            return refusal([f"api_server.py: error: {fault.message}"], 2, self.rules)
+        trace = traceback_of(f"ValueError: {fault.message}", "main", "create_engine_config")
+        return refusal(["non-default args: {}", *trace.splitlines()], 1, self.rules)
+
+    def close(self) -> None:
+        """Nothing runs."""
 
     def defaults(self) -> dict[str, Any]:
         """The values in force at the baseline for parameters of the space."""

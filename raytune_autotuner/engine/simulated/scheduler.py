@@ -48,6 +48,8 @@ class Sequence:
     computed: int = 0
     produced: int = 0
     blocks: int = 0
+    preempted: bool = False
+    """Whether it lost its blocks once; what it then finds in the prefix cache is its own, and not counted as a hit."""
 
     @property
     def total(self) -> int:
@@ -181,8 +183,9 @@ class Scheduler:
             if not self._allocate(sequence, count):
                 sequence.computed = 0
                 return
-            self.counters.prefix_queries += sequence.total
-            self.counters.prefix_hits += cached
+            if not sequence.preempted:
+                self.counters.prefix_queries += sequence.total
+                self.counters.prefix_hits += cached
             self.running.append(self.waiting.popleft())
             plan.add(sequence, count)
 
@@ -203,7 +206,7 @@ class Scheduler:
         victim = self.running.pop()
         plan.drop(victim)
         self._release(victim)
-        victim.computed = 0
+        victim.computed, victim.preempted = 0, True
         self.waiting.appendleft(victim)
         self.counters.preemptions += 1
         return victim

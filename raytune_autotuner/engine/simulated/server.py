@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
-from raytune_autotuner.engine.simulated import log, wire
+from raytune_autotuner.engine.simulated import fidelity, log, wire
 from raytune_autotuner.engine.simulated.acting import Actor
 from raytune_autotuner.engine.simulated.faults import Effect, Fault
 from raytune_autotuner.engine.simulated.scheduler import Request, Scheduler
@@ -84,6 +85,7 @@ class Api:
         self._actor = actor
         self._ids = itertools.count()
         self._finished = 0
+        self._parting_chance = fidelity.parting_chance(options.setting)
 
     def app(self) -> web.Application:
         """The application with all routes."""
@@ -142,7 +144,7 @@ class Api:
     def _reply(self, index: int, body: dict[str, object], chat: bool, spoiled: Fault | None) -> _Reply:
         setting = self._options.setting
         ask = wire.read(body, chat, self._options.served_names, setting.max_model_len)
-        words = _spoil(ask.words(), spoiled)
+        words = _spoil(fidelity.answer(ask.prompt, ask.max_tokens, self._parting_chance), spoiled)
         prefix = ask.prefix(setting.block_size) if setting.enable_prefix_caching else ()
         cut = len(words) // 2 if spoiled is not None and spoiled.effect is Effect.DISCONNECT else None
         return _Reply(ask, words, Request(index, ask.prompt_tokens, len(words), prefix), cut)
@@ -151,7 +153,13 @@ class Api:
         async for _ in self._words(reply):
             pass
         self._finished += 1
-        return web.json_response(wire.Answer(reply.ask).body(reply.words, reply.finish_reason))
+        scored = self._prompt_logprobs(reply.ask) if reply.ask.prompt_logprobs else None
+        return web.json_response(wire.Answer(reply.ask).body(reply.words, reply.finish_reason, scored))
+
+    def _prompt_logprobs(self, ask: wire.Ask) -> list[dict[str, Any] | None]:
+        tokens = fidelity.prompt_tokens(ask.prompt)
+        rise = fidelity.perplexity_rise(self._options.setting)
+        return wire.prompt_logprobs(tokens, fidelity.log_probabilities(tokens, rise))
 
     async def _stream(self, request: web.Request, reply: _Reply) -> web.StreamResponse:
         answer, response = wire.Answer(reply.ask), web.StreamResponse(headers=_SSE)

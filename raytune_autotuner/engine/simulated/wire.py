@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 import uuid
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_WORDS = ("the", "engine", "serves", "tokens", "one", "by", "one", "and", "each", "step", "moves", "its", "batch", "on")
 _CHARACTERS_PER_TOKEN = 4
+_MAX_LOGPROBS = 20
 _DEFAULT_TOKENS = {"completion": 16, "chat": 64}
 DONE = b"data: [DONE]\n\n"
 
@@ -34,6 +33,8 @@ class Ask:
     max_tokens: int
     stream: bool
     include_usage: bool
+    prompt_logprobs: bool = False
+    """Whether the log-probabilities of the prompt's tokens are wanted."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,11 +52,6 @@ class Ask:
             chain.append(last)
         return tuple(chain)
 
-    def words(self) -> Sequence[str]:
-        """The output tokens' texts: the same prompt is always answered alike."""
-        start = zlib.crc32(repr(self.prompt).encode())
-        return [" " + _WORDS[(start + index) % len(_WORDS)] for index in range(self.max_tokens)]
-
 
 def read(body: Mapping[str, Any], chat: bool, served: Sequence[str], max_model_len: int) -> Ask:
     """The request in `body`; raises `BadRequest` with the words for the client."""
@@ -68,7 +64,8 @@ def read(body: Mapping[str, Any], chat: bool, served: Sequence[str], max_model_l
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise BadRequest(f"max_tokens must be at least 1, got {tokens}.")
     stream = bool(body.get("stream", False))
-    ask = Ask(chat, model, prompt, tokens, stream, bool((body.get("stream_options") or {}).get("include_usage")))
+    usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    ask = Ask(chat, model, prompt, tokens, stream, usage, _wants_logprobs(body.get("prompt_logprobs")))
     if ask.prompt_tokens + tokens > max_model_len:
         raise BadRequest(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested {tokens} output "
@@ -92,6 +89,18 @@ def _messages(body: Mapping[str, Any]) -> str:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a non-empty list.")
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+
+
+def _wants_logprobs(count: Any) -> bool:
+    if count is not None and (type(count) is not int or not 0 <= count <= _MAX_LOGPROBS):
+        raise BadRequest(f"prompt_logprobs must be an integer from 0 to {_MAX_LOGPROBS}, got {count}.")
+    return count is not None
+
+
+def prompt_logprobs(tokens: Sequence[int], values: Sequence[float]) -> list[dict[str, Any] | None]:
+    """The log-probabilities of a prompt's tokens: nothing for the first, then each token's own."""
+    entries = zip(tokens[1:], values, strict=True)
+    return [None, *({str(t): {"logprob": v, "rank": 1, "decoded_token": f"<{t}>"}} for t, v in entries)]
 
 
 class Answer:
@@ -133,14 +142,16 @@ class Answer:
         """The chunk with the token counts, after all others."""
         return self._chunk([], usage=self._usage(produced))
 
-    def body(self, words: Sequence[str], finish_reason: str) -> dict[str, Any]:
+    def body(
+        self, words: Sequence[str], finish_reason: str, prompt_logprobs: Sequence[object] | None = None
+    ) -> dict[str, Any]:
         """The whole answer at once."""
         text = "".join(words)
         end = {"logprobs": None, "finish_reason": finish_reason, "stop_reason": None, "token_ids": None}
         if self._ask.chat:
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, **end}
+            choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, **end}
         else:
-            choice = {"index": 0, "text": text, **end}
+            choice = {"index": 0, "text": text, **end, "prompt_logprobs": prompt_logprobs, "prompt_token_ids": None}
         return {**self._head, "choices": [choice], "usage": self._usage(len(words))}
 
     def _usage(self, produced: int) -> dict[str, int]:

@@ -1,0 +1,110 @@
+"""What spoils a load though its requests were answered: a client that could not keep up, a clock that jumped.
+
+In: what a client knows of itself. Out: a `Trouble`, or None. Pure, but for `Clocks.now`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from raytune_autotuner.score.records import RequestRecord
+from raytune_autotuner.study.failure import Blame, Kind
+
+MAX_CPU_SHARE = 0.7
+"""Above this share of one core in use, tokens wait for the client: the measurement is not the engine's any more."""
+MAX_LAG_SHARE = 0.5
+"""Of the median gap between tokens: where one look at the sockets in ten comes later than that, the gaps and the times
+to a first token at p90 and above are made by the client."""
+MIN_LAG_MS = 10.0
+"""Less than that the machine's scheduler does by itself; where gaps are so short that it counts, CPU share tells."""
+MIN_LOOKS = 20
+"""A second of load; fewer looks say nothing about one in ten."""
+MAX_CLOCK_JUMP_S = 0.5
+"""Above what two clocks read one after the other can differ by, and below any suspension worth the name."""
+_READINGS = 5
+
+
+class Trouble(NamedTuple):
+    """Why a load is no measurement, in the words of a failure."""
+
+    kind: Kind
+    evidence: str
+    remedy: str
+    blame: Blame
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """The wall clock and the monotonic clock at one moment."""
+
+    wall_s: float
+    monotonic_s: float
+
+    @classmethod
+    def now(cls) -> Clocks:
+        """Both clocks, of some readings the one in which the least time went by between them."""
+        return min((cls._read() for _ in range(_READINGS)), key=lambda reading: reading[0])[1]
+
+    @classmethod
+    def _read(cls) -> tuple[float, Clocks]:
+        before = time.monotonic()
+        wall = time.time()
+        after = time.monotonic()
+        return after - before, cls(wall, (before + after) / 2)
+
+    def jump_s(self, later: Clocks) -> float:
+        """How much further the wall clock went than the monotonic one; negative where it was set back.
+
+        A machine that slept stops the monotonic clock only, and a time server moves the wall clock only.
+        """
+        return (later.wall_s - self.wall_s) - (later.monotonic_s - self.monotonic_s)
+
+
+def find_trouble(
+    records: Sequence[RequestRecord], cpu_share: float, lags_ms: Sequence[float], clock_jump_s: float
+) -> Trouble | None:
+    """What spoils the load, the worst first; None where nothing does."""
+    if abs(clock_jump_s) > MAX_CLOCK_JUMP_S:
+        return _of_clock(clock_jump_s)
+    if cpu_share > MAX_CPU_SHARE:
+        return _of_cpu(cpu_share)
+    return _of_lag(records, lags_ms)
+
+
+def _of_lag(records: Sequence[RequestRecord], lags_ms: Sequence[float]) -> Trouble | None:
+    if len(lags_ms) < MIN_LOOKS:
+        return None
+    gaps_ms = [gap for record in records if record.ok for gap in record.itl_ms]
+    limit_ms = max(MIN_LAG_MS, MAX_LAG_SHARE * float(np.median(gaps_ms or [0.0])))
+    lag_ms = float(np.percentile(lags_ms, 90))
+    if lag_ms <= limit_ms:
+        return None
+    return Trouble(
+        Kind.CLIENT_LIMITED,
+        f"the load client looked at its sockets late: one in ten by {lag_ms:.0f} ms or more (limit {limit_ms:.0f} ms)",
+        "See what else runs on the machine, or leave the client a core.",
+        Blame.ENVIRONMENT,
+    )
+
+
+def _of_cpu(share: float) -> Trouble:
+    return Trouble(
+        Kind.CLIENT_LIMITED,
+        f"the load client used {share:.0%} of a core",
+        "Lower the load, or leave the client more CPU.",
+        Blame.STUDY,
+    )
+
+
+def _of_clock(jump_s: float) -> Trouble:
+    return Trouble(
+        Kind.CLOCK_JUMPED,
+        f"the wall clock moved {jump_s:+.1f} s against the monotonic one during the load",
+        "The machine slept, was paused, or had its clock set; nothing is to be done if that does not happen again.",
+        Blame.ENVIRONMENT,
+    )

@@ -1,0 +1,128 @@
+"""The settings that were measured again at the end of a search: their restarts, and their gains over the defaults.
+
+Rows in, contenders out. What is recommended, and in which words, is the verdict's.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from raytune_autotuner.score.comparison import Comparison, NotComparable, compare, spread
+from raytune_autotuner.score.grades import Direction
+from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+
+Targets = Sequence[tuple[str, Direction]]
+"""The objectives: metric and the way that is better."""
+ENOUGH = 2
+"""Restarts from which on a setting can be told from noise at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A setting that was measured again on fresh starts of the engine."""
+
+    row: TrialRow
+    """Its trial in the search."""
+    restarts: tuple[TrialRow, ...]
+    """Those that were measured, by number, and those that failed by the setting's own fault."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Against the defaults, one for each objective; empty for the defaults, and where they or it cannot be compared."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the engine's defaults."""
+        return self.row.name == BASELINE
+
+    @property
+    def name(self) -> str:
+        """`defaults` or `trial 7`."""
+        return "defaults" if self.is_baseline else f"trial {self.row.number}"
+
+    @property
+    def measured(self) -> list[TrialRow]:
+        """The restarts that have scores."""
+        return [row for row in self.restarts if row.state is State.MEASURED and scores_of(row)]
+
+    @property
+    def failed(self) -> TrialRow | None:
+        """The restart that failed; one is enough for a setting to be out."""
+        return next((row for row in self.restarts if row.state is State.FAILED), None)
+
+    @property
+    def violation(self) -> float | None:
+        """The median over the restarts: at most 0 when the SLOs hold; None where nothing was measured."""
+        found = [row.violation for row in self.measured if row.violation is not None]
+        return statistics.median(found) if found else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there are restarts enough to speak of it."""
+        return self.failed is not None or len(self.measured) >= ENOUGH
+
+    @property
+    def holds(self) -> bool:
+        """Whether it started every time and meets every SLO."""
+        return self.failed is None and self.ended and self.violation is not None and self.violation <= 0
+
+    @property
+    def better(self) -> bool:
+        """Whether it beats the defaults in some objective, beyond the noise."""
+        return any(comparison.better for comparison in self.comparisons)
+
+    def scores(self, objective: int = 0) -> dict[int, float]:
+        """Number of the restart to its score."""
+        return {row.restart or 0: scores_of(row)[objective] for row in self.measured}
+
+    def mean(self, objective: int = 0) -> float:
+        """Of its scores; raises `StatisticsError` where there are none."""
+        return statistics.fmean(self.scores(objective).values())
+
+    def spread(self, objective: int = 0) -> float | None:
+        """How much it differs from itself between restarts, as a share; None where that cannot be told."""
+        try:
+            return spread(list(self.scores(objective).values()))
+        except NotComparable:
+            return None
+
+
+def contenders(rows: Sequence[TrialRow], targets: Targets) -> list[Contender]:
+    """What was measured again, the defaults first, each compared with them; empty without verification."""
+    found = [_contender(row, rows) for row in rows if row.verifies is None]
+    again = sorted((one for one in found if one.restarts), key=lambda one: (not one.is_baseline, one.row.number))
+    if not again or not again[0].is_baseline or not _comparable(again[0]):
+        return again
+    baseline, *finalists = again
+    rivals = [one for one in finalists if _comparable(one) and len(one.scores().keys() & baseline.scores().keys()) > 1]
+    compared = dict(zip((one.row.number for one in rivals), _compared(baseline, rivals, targets), strict=True))
+    return [replace(one, comparisons=compared.get(one.row.number, ())) for one in again]
+
+
+def as_good(best: Contender, others: Sequence[Contender], direction: Direction) -> list[Contender]:
+    """Those of `others` that cannot be told from `best`."""
+    rivals = [one for one in others if len(one.scores().keys() & best.scores().keys()) >= ENOUGH]
+    against = compare(best.scores(), [one.scores() for one in rivals], direction) if rivals else []
+    return [one for one, comparison in zip(rivals, against, strict=True) if not comparison.worse]
+
+
+def _contender(row: TrialRow, rows: Sequence[TrialRow]) -> Contender:
+    """A lost restart was run again, an interrupted one says nothing."""
+    again = (other for other in rows if other.verifies == row.number and other.state.teaches)
+    return Contender(row, tuple(sorted(again, key=lambda other: (other.restart or 0, other.number))))
+
+
+def _comparable(one: Contender) -> bool:
+    return one.failed is None and len(one.measured) >= ENOUGH
+
+
+def _compared(baseline: Contender, rivals: Sequence[Contender], targets: Targets) -> list[tuple[Comparison, ...]]:
+    """For each rival a comparison for each objective."""
+    if not rivals:
+        return []
+    by_objective = [
+        compare(baseline.scores(i), [one.scores(i) for one in rivals], direction, objectives=len(targets))
+        for i, (_, direction) in enumerate(targets)
+    ]
+    return list(zip(*by_objective, strict=True))

@@ -1,0 +1,278 @@
+"""The words of a verdict: numbers, gains with their intervals, and the sentences that people act on.
+
+What they say is decided in `verdict`; here it is only put into text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raytune_autotuner.report.finalists import Contender, Targets
+from raytune_autotuner.score.comparison import MAX_RESTARTS, Comparison, TooNoisy
+from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+
+_NONE = "-"
+
+
+def describe_params(params: Params) -> str:
+    """`{max-num-seqs: 8, block-size: 64}`."""
+    return "{" + ", ".join(f"{name}: {format_value(value)}" for name, value in params.items()) + "}"
+
+
+def verification_of(row: TrialRow, restarts: int) -> str:
+    """`verify trial 7, 2 of 5`; empty for a trial of the search."""
+    if row.verifies is None:
+        return ""
+    return f"verify trial {row.verifies}, {(row.restart or 0) + 1} of {restarts}"
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, whole numbers whole.
+
+    >>> format_number(126.4412), format_number(0.04321), format_number(12345.6)
+    ('126.4', '0.04321', '12,346')
+    """
+    if value == 0 or not abs(value) < float("inf"):
+        return f"{value:g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def percent(share: float, sign: bool = False) -> str:
+    """A share for people, to a tenth of a percent; `sign`: with a plus where it is positive.
+
+    >>> percent(0.02934), percent(0.41234, sign=True), percent(12.0)
+    ('2.9 %', '+41.2 %', '1,200 %')
+    """
+    digits = 0 if abs(share) >= 10 else 1
+    return f"{100 * share:{'+' if sign else ''},.{digits}f} %"
+
+
+def interval(comparison: Comparison) -> str:
+    """`+36.1 to +46.4 %`; in the metric's unit where there is no share of the baseline's score."""
+    if comparison.scale == "difference":
+        return f"{_signed(comparison.low)} to {_signed(comparison.high)}"
+    low, high = percent(comparison.low, sign=True), percent(comparison.high, sign=True)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def gain_of(comparison: Comparison) -> str:
+    """`+41.2 %`, or a difference in the metric's unit."""
+    return _signed(comparison.gain) if comparison.scale == "difference" else percent(comparison.gain, sign=True)
+
+
+def contender_cells(contenders: Sequence[Contender], targets: Targets) -> list[list[str]]:
+    """The settings that were measured again as a table, its head first: a line a setting and objective."""
+    head = ["setting", "metric", "mean", "spread", "gain", f"{_level(contenders)} interval"]
+    return [head, *(_cells(one, targets, i) for one in contenders for i in range(len(targets) if one.measured else 1))]
+
+
+def why_out(one: Contender) -> str | None:
+    """Why a setting that was measured again cannot be recommended; None where it can."""
+    if one.failed is not None:
+        kind = one.failed.result.failure.kind if one.failed.result.failure else State.FAILED
+        return f"failed when it was started again ({kind} in trial {one.failed.number})"
+    if not one.ended:
+        return "was measured again too few times"
+    if not one.holds:
+        return f"misses an SLO (median violation {format_number(one.violation or 0.0)})"
+    return None
+
+
+# Sentences on settings that were measured again
+
+
+def gain(
+    winner: Contender,
+    defaults: Contender,
+    finalists: Sequence[Contender],
+    ties: Sequence[Contender],
+    targets: Targets,
+) -> str:
+    """The recommendation of a setting that beats the defaults."""
+    parts = [_compared(winner, defaults, i, metric) for i, (metric, _) in enumerate(targets)]
+    text = f"Run {winner.name}: {'; '.join(parts)}, {_restarts(winner)} each, {_noise(defaults)}."
+    if ties:
+        text += f" {_names(ties)} cannot be told from it; it changes the least."
+    return f"{text} {_sentence(_out(finalists))}".rstrip()
+
+
+def no_gain(defaults: Contender, finalists: Sequence[Contender], targets: Targets) -> str:
+    """The advice to keep the defaults."""
+    out = _out(finalists)
+    told = [_undecided(one, targets) for one in finalists if one.holds and one.comparisons]
+    if not told:
+        return f"Keep the defaults: none of the finalists held up. {_sentence(out)}".rstrip()
+    better = any(one.better for one in finalists if one.holds)
+    head = "Keep the defaults: they are the better compromise." if better else "No significant gain: keep the defaults."
+    text = f"{head} {_sentence(told)}"
+    figures = f"{_restarts(defaults)} each, {_noise(defaults)}"
+    return f"{text} {figures[0].upper()}{figures[1:]}. {_sentence(out)}".rstrip()
+
+
+def in_place_of_defaults(winner: Contender, defaults: Contender | None, targets: Targets) -> str:
+    """The recommendation of a setting that works where the defaults do not."""
+    values = "; ".join(f"{metric} {format_number(winner.mean(i))}" for i, (metric, _) in enumerate(targets))
+    own = winner.spread()
+    noise = "" if own is None else f", which differ by {percent(own)}"
+    reason = "failed" if defaults is None else why_out(defaults)
+    if defaults is not None and defaults.failed is None and defaults.measured:
+        reason = f"{reason}, at {format_number(defaults.mean())}"
+    return f"Run {winner.name}: {values} and every SLO met over {_restarts(winner)}{noise}; the defaults {reason}."
+
+
+def nothing_holds(closest: Contender | None, defaults: Contender | None, finalists: Sequence[Contender]) -> str:
+    """That no setting held up, and what to do."""
+    out = [f"{'the defaults' if one.is_baseline else one.name} {why_out(one)}" for one in (defaults, *finalists) if one]
+    advice = "Raise verify.top to measure more settings again, relax the SLO or lower the load."
+    nearest = "" if closest is None else f" {_name(closest)} {_come(closest)} closest."
+    return f"No setting held up when it was measured again. {_sentence(out)}{nearest} {advice}"
+
+
+def warning(one: Contender, noisy: TooNoisy) -> str:
+    """That the machine is too noisy to decide."""
+    comparison = one.comparisons[0]
+    size = percent(noisy.gain) if comparison.scale != "difference" else format_number(noisy.gain)
+    noise = "" if comparison.scale == "difference" else f" of {percent(comparison.noise)}"
+    needed = f"more than {MAX_RESTARTS:,}" if noisy.restarts is None else f"about {noisy.restarts}"
+    return (
+        f"The noise between restarts{noise} is too large to decide: a gain of {size} could not be told from it by "
+        f"{comparison.pairs} restarts. Use a quieter machine or more requests, or {needed} restarts (verify.restarts)."
+    )
+
+
+# Sentences on single measurements
+
+
+def single(winner: TrialRow, baseline: TrialRow | None, gain: float | None, metric: str, measured: int) -> str:
+    """The recommendation by one measurement a setting."""
+    value = f"{metric} {format_number(winner.score or 0.0)}"
+    if winner.name == BASELINE:
+        others = (
+            "it was the only setting measured" if measured == 1 else f"none of {measured - 1} other settings beat it"
+        )
+        return f"Keep the defaults: {value}, {others}. Each was measured once."
+    caution = "Each was measured once, so a small gain may be noise."
+    if baseline is None or baseline.state is not State.MEASURED or baseline.score is None:
+        return f"Run trial {winner.number}: {value}; the defaults have no score to compare it with. Measured once."
+    defaults = f"{format_number(baseline.score)} with the defaults"
+    if not baseline.feasible:
+        return f"Run trial {winner.number}: {value} and every SLO met; the defaults miss one ({defaults}). {caution}"
+    share = "" if gain is None else f", {100 * gain:.3g} % better (x{(winner.score or 0.0) / baseline.score:.2f})"
+    return f"Run trial {winner.number}: {value} against {defaults}{share}. {caution}"
+
+
+def knee(winner: TrialRow, baseline: TrialRow | None, front: Sequence[int], targets: Targets) -> str:
+    """The recommendation among several objectives by one measurement a setting."""
+    then = scores_of(baseline) if baseline is not None and baseline is not winner else ()
+    parts = [
+        f"{metric} {format_number(score)}" + (f" ({format_number(then[i])} with the defaults)" if then else "")
+        for i, ((metric, _), score) in enumerate(zip(targets, scores_of(winner), strict=True))
+    ]
+    who = "Keep the defaults" if winner.name == BASELINE else f"Run trial {winner.number}"
+    others = [str(number) for number in front if number != winner.number]
+    place = f"the knee of a Pareto front with trials {', '.join(others)}" if others else "no other setting is as good"
+    return f"{who}: {', '.join(parts)}; {place}. Each was measured once, so small gains may be noise."
+
+
+def none_feasible(winner: TrialRow, metric: str, measured: int) -> str:
+    """That every setting misses an SLO, and which one comes closest."""
+    who = "the defaults come" if winner.name == BASELINE else f"trial {winner.number} comes"
+    settings = "The one setting measured misses" if measured == 1 else f"All {measured} settings measured miss"
+    return (
+        f"{settings} an SLO; {who} closest (violation {format_number(winner.violation or 0.0)}, "
+        f"{metric} {format_number(winner.score or 0.0)}). Relax the SLO or lower the load. Each was measured once."
+    )
+
+
+def nothing_measured(rows: Sequence[TrialRow]) -> str:
+    """That there is no figure at all, and what to do."""
+    failed = sum(row.state is State.FAILED for row in rows)
+    if not failed:
+        return "Nothing was measured: no trial ended. Run the study again, with more time."
+    trials = "the only trial" if failed == 1 else f"all {failed} trials"
+    return (
+        f"Nothing was measured: {trials} failed. Follow the remedies of the failures, then lower the load, "
+        "lengthen trial.timeout_s or narrow search_space to safer ranges."
+    )
+
+
+# Parts
+
+
+def _cells(one: Contender, targets: Targets, i: int) -> list[str]:
+    comparison = one.comparisons[i] if one.comparisons else None
+    name = one.name if one.holds else f"{one.name} (out)"
+    spread = one.spread(i) if one.measured else None
+    return [
+        name if i == 0 else "",
+        targets[i][0],
+        format_number(one.mean(i)) if one.measured else _NONE,
+        _NONE if spread is None else percent(spread),
+        _NONE if comparison is None else gain_of(comparison),
+        _NONE if comparison is None else interval(comparison),
+    ]
+
+
+def _out(finalists: Sequence[Contender]) -> list[str]:
+    return [f"{one.name} {why_out(one)}" for one in finalists if not one.holds]
+
+
+def _level(contenders: Sequence[Contender]) -> str:
+    levels = [comparison.confidence for one in contenders for comparison in one.comparisons]
+    return f"{100 * (levels[0] if levels else 0.95):g} %"
+
+
+def _compared(winner: Contender, defaults: Contender, i: int, metric: str) -> str:
+    comparison = winner.comparisons[i]
+    values = f"{metric} {format_number(winner.mean(i))} against {format_number(defaults.mean(i))} with the defaults"
+    ends = f"{100 * comparison.confidence:g} % interval {interval(comparison)}"
+    if comparison.scale == "difference":
+        return f"{values} ({ends.replace('interval', 'interval of the gain')})"
+    if not (comparison.better or comparison.worse):
+        return f"{values}, not told apart ({ends})"
+    way = "better" if comparison.better else "worse"
+    return f"{values}, {percent(abs(comparison.gain))} {way} ({ends})"
+
+
+def _undecided(one: Contender, targets: Targets) -> str:
+    gains = [
+        f"{metric + ' ' if len(targets) > 1 else ''}{gain_of(c)} ({100 * c.confidence:g} % interval {interval(c)})"
+        for (metric, _), c in zip(targets, one.comparisons, strict=True)
+    ]
+    return f"{one.name}: {', '.join(gains)}"
+
+
+def _restarts(one: Contender) -> str:
+    return f"{len(one.measured)} restarts"
+
+
+def _noise(defaults: Contender) -> str:
+    own = defaults.spread()
+    return "noise unknown" if own is None else f"noise {percent(own)}"
+
+
+def _sentence(parts: Sequence[str]) -> str:
+    """`trial 7 ...; trial 9 ...` as a sentence; nothing from nothing."""
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _names(several: Sequence[Contender]) -> str:
+    names = " and ".join(one.name for one in several)
+    return f"{names[0].upper()}{names[1:]}"
+
+
+def _name(one: Contender) -> str:
+    return "The defaults" if one.is_baseline else one.name.capitalize()
+
+
+def _come(one: Contender) -> str:
+    return "come" if one.is_baseline else "comes"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{format_number(value)}"

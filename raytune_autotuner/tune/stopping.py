@@ -1,0 +1,49 @@
+"""When a search has found enough, or will find nothing: rules over the trials so far. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialRow
+
+
+def enough(study: Study, searched: Sequence[TrialRow]) -> str | None:
+    """Why the search ends now, before its trials are used up; None where it goes on.
+
+    `searched` are the trials of the search by number; those that still run, were lost or interrupted do not count.
+    """
+    ended = [row for row in searched if row.state.teaches]
+    search, wanted = study.search, _wanted(study)
+    if (target := search.target) is not None and any(_reaches(study, row, target) for row in ended):
+        return f"the target is reached: {wanted} {target:g}"
+    if (stale := _since_better(study, ended)) >= (search.plateau or len(ended) + 1):
+        return f"{stale} trials in a row found nothing better (search.plateau)"
+    failures = len(list(takewhile(lambda row: row.state is State.FAILED, reversed(ended))))
+    if failures >= search.max_failures_in_a_row:
+        return f"{failures} trials in a row failed (search.max_failures_in_a_row)"
+    return None
+
+
+def _wanted(study: Study) -> str:
+    return f"{study.objective.metric} {'at least' if study.objective.direction == 'maximize' else 'at most'}"
+
+
+def _reaches(study: Study, row: TrialRow, target: float) -> bool:
+    return row.feasible and row.score is not None and not _better(study, target, row.score)
+
+
+def _better(study: Study, score: float, than: float) -> bool:
+    return score > than if study.objective.direction == "maximize" else score < than
+
+
+def _since_better(study: Study, ended: Sequence[TrialRow]) -> int:
+    """How many of the last trials are no better than the best before them; 0 before anything was feasible."""
+    best, stale = None, 0
+    for row in ended:
+        if row.feasible and row.score is not None and (best is None or _better(study, row.score, best)):
+            best, stale = row.score, 0
+        elif best is not None:
+            stale += 1
+    return stale

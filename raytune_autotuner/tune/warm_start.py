@@ -1,0 +1,95 @@
+"""What earlier studies have measured already, for a search to begin with.
+
+Only figures of the same model, engine, fixed arguments, hardware and workload are taken: others say nothing about this
+study. Results folders in, judged rows out. Knows neither Ray nor Optuna.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raytune_autotuner.report.masking import mask_values
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.score.objective import assess
+from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import State, TrialRow
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The trials of one earlier study that this one can learn from."""
+
+    source: Path
+    rows: tuple[TrialRow, ...]
+    """Judged by this study's objective and SLOs."""
+    outside: int
+    """Trials left out, as their settings lie outside of this study's search space."""
+
+    def __str__(self) -> str:
+        left_out = f", {self.outside} outside of the search space left out" if self.outside else ""
+        return f"{len(self.rows)} trials of {self.source.name}{left_out}"
+
+
+def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learned]:
+    """What `search.warm_start` names; `versions` are this study's own.
+
+    Raises `ConfigError` for a folder that is none, or whose study differs in what makes figures comparable.
+    """
+    return [_learn(study, versions, ResultsFolder.open(path)) for path in study.search.warm_start]
+
+
+def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
+    then = json.loads(earlier.versions_file.read_text(encoding="utf-8")) if earlier.versions_file.is_file() else {}
+    _check_same(_fingerprint(earlier.load_study(), then), mask_values(_fingerprint(study, versions)), earlier.path)
+    ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None]
+    inside = [row for row in ended if _is_inside(study, row.params)]
+    return Learned(earlier.path, tuple(_judged(study, row) for row in inside), len(ended) - len(inside))
+
+
+def _fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be alike, by the name that people know it under."""
+    return {
+        "model": study.model,
+        "engine.kind": study.engine.kind,
+        "engine.args": study.engine.args,
+        "engine.env": study.engine.env,
+        "workload": study.workload.model_dump(mode="json"),
+        "resources": study.resources.model_dump(mode="json", exclude={"max_concurrent", "price_per_hour"}),
+        "the engine's version": versions.get("engine"),
+        "the machine": versions.get("machine"),
+    }
+
+
+def _check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    different = [name for name in now if then[name] != now[name]]
+    if different:
+        details = "\n".join(f"{name} was {shown(then[name])} and is {shown(now[name])}." for name in different)
+        raise ConfigError(f"search.warm_start: {path} does not compare with this study:\n{details}\nLeave it out.")
+
+
+def _is_inside(study: Study, params: Mapping[str, Any]) -> bool:
+    known = study.space.by_name
+    if not params.keys() <= known.keys() or study.space.violated(params, study.fixed):
+        return False
+    return all(known[name].distribution.contains(value) for name, value in params.items())
+
+
+def _judged(study: Study, row: TrialRow) -> TrialRow:
+    """The row as this study's objective and SLOs see it."""
+    worth = assess(study, row.result)
+    state = State.FAILED if worth.failure else State.MEASURED
+    result = replace(row.result, failure=worth.failure)
+    row = replace(row, name="", retry_of=None, state=state, result=result, score=worth.score, scores=worth.scores)
+    return replace(row, violation=worth.violation, penalty=worth.penalty)
+
+
+def best_of(study: Study, learned: Sequence[Learned]) -> TrialRow | None:
+    """The feasible setting with the best score, worth measuring in this study too."""
+    rows = [row for part in learned for row in part.rows if row.feasible and row.score is not None and row.params]
+    pick = max if study.objective.direction == "maximize" else min
+    return pick(rows, key=lambda row: row.score or 0.0, default=None)

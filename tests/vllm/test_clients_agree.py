@@ -1,0 +1,134 @@
+"""Our client and vLLM's own `bench serve` on one server, in turn, with the same requests: they say the same.
+
+Prints the table of docs/measuring.md: python -m pytest -s tests/vllm/test_clients_agree.py
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.engine.processes import free_port, make_mark
+from raytune_autotuner.engine.server import EngineServer
+from raytune_autotuner.load import client, vllm_bench
+from raytune_autotuner.load.client import LoadRun
+from raytune_autotuner.load.workload import generate, levels
+from raytune_autotuner.score.metrics import summarize
+from raytune_autotuner.study.study import Study, parse_study
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+RUNS = 3
+T_999 = 8.61
+"""Student's t at 99.9 % for twice three runs: six comparisons together are wrong in fewer than one test in 150."""
+LEAST = 0.03
+"""Below this share of the value, no difference between clients is of interest."""
+COMPARED = ("output_throughput_tok_s", "ttft_ms_mean", "tpot_ms_mean", "itl_ms_mean", "e2el_ms_mean", "goodput_rps")
+CLIENTS: dict[str, Callable[..., LoadRun]] = {
+    "ours": client.measure,
+    "bench serve": partial(vllm_bench.measure, python=sys.executable),
+}
+STUDY = parse_study(
+    {
+        "study": "clients-agree",
+        "model": "bundled:smollm2-135m-instruct",
+        "engine": {
+            "kind": "vllm",
+            "args": {"max-model-len": 512, "enforce-eager": True},
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        },
+        "search_space": {"max-num-seqs": {"int": [1, 64]}},
+        "workload": {"traffic": "U(24,40)/(8,24)", "concurrency": 8, "requests": 32},
+    }
+)
+
+
+def serving(study: Study, folder: Path) -> Iterator[tuple[str, str]]:
+    """(base URL, model name) of the study's baseline, served."""
+    engine = make_engine(study)
+    with (
+        free_port() as port,
+        EngineServer(
+            engine.launch({}, port),
+            port,
+            folder,
+            rules=engine.rules,
+            mark=make_mark("clients-agree", "0"),
+            deadline=time.monotonic() + 300,
+            timeout_s=300,
+        ) as server,
+    ):
+        server.wait_ready(lambda: client.completion_probe(server.base_url, engine.served_model, 30))
+        yield server.base_url, engine.served_model
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[LoadRun]]]:
+    """Loads by client, the same requests each time, sent in turn after a warm-up."""
+    (level,) = levels(STUDY.workload)
+    requests = generate(STUDY.workload, level)
+    for url, model in serving(STUDY, tmp_path_factory.mktemp("served")):
+        client.measure(url, model, generate(STUDY.workload, level, phase="warmup"), level, deadline=_in(60))
+        loads: dict[str, list[LoadRun]] = {name: [] for name in CLIENTS}
+        for number in range(RUNS):
+            for name in sorted(CLIENTS, reverse=number % 2 == 1):
+                _reset_prefix_cache(url)
+                loads[name].append(CLIENTS[name](url, model, requests, level, deadline=_in(120)))
+        yield loads
+
+
+def _reset_prefix_cache(url: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(f"{url}/reset_prefix_cache", method="POST"), timeout=10).close()
+
+
+def _in(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
+def test_both_send_the_same_and_all_of_it_is_answered(measured: dict[str, list[LoadRun]]) -> None:
+    for ours, theirs in zip(measured["ours"], measured["bench serve"], strict=True):
+        assert [record.error for record in (*ours.records, *theirs.records)] == [None] * 64
+        assert ours.trouble is None
+        assert theirs.trouble is None
+        assert _counts(ours) == _counts(theirs)
+
+
+def _counts(load: LoadRun) -> list[Any]:
+    return [(r.index, r.level, r.round, r.tokens_in, r.tokens_out, len(r.token_times_s)) for r in load.records]
+
+
+def test_both_say_the_same_within_what_each_says_of_itself(measured: dict[str, list[LoadRun]]) -> None:
+    first = summarize(measured["ours"][0].records, measured["ours"][0].duration_s)
+    # A limit that half of the requests keep, so that goodput has something to count.
+    slo = {"e2el_ms": {"p90": first["e2el_ms_p50"]}}
+    metrics = {
+        name: [summarize(load.records, load.duration_s, slo) for load in loads] for name, loads in measured.items()
+    }
+    print("\n\n| metric | ours | bench serve | difference | may differ by |\n|---|--:|--:|--:|--:|")
+    apart = {name: _compare(name, *([run[name] for run in runs] for runs in metrics.values())) for name in COMPARED}
+    assert not {name: text for name, (is_apart, text) in apart.items() if is_apart}
+
+
+def _compare(name: str, ours: list[float], theirs: list[float]) -> tuple[bool, str]:
+    """Whether the two differ more than runs of one client do, and the row that shows it."""
+    middle = statistics.mean(ours)
+    difference = statistics.mean(theirs) - middle
+    error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / RUNS)
+    allowed = max(T_999 * error, LEAST * middle)
+    row = f"| `{name}` | {_shown(ours)} | {_shown(theirs)} | {difference / middle:+.1%} | {allowed / middle:.1%} |"
+    print(row)
+    return abs(difference) > allowed, row
+
+
+def _shown(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
