@@ -16,7 +16,15 @@ import pytest
 
 from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.logfile import read_log
-from raytune_autotuner.engine.processes import MARK_VARIABLE, free_port, make_mark, marked, oom_kills
+from raytune_autotuner.engine.processes import (
+    MARK_VARIABLE,
+    descendants,
+    free_cores,
+    free_port,
+    make_mark,
+    marked,
+    oom_kills,
+)
 from raytune_autotuner.engine.reading import SIMULATED_RULES, split_stamp
 from raytune_autotuner.engine.server import EngineServer, engine_environment
 from raytune_autotuner.study.errors import TrialFailed
@@ -341,3 +349,22 @@ def test_kills_for_memory_are_counted_where_the_kernel_counts_them(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert oom_kills(tmp_path) == count
+
+
+def test_an_engine_that_gets_cores_of_its_own_has_them_and_all_below_it(bench: Bench) -> None:
+    core = min(os.sched_getaffinity(0))
+    server = bench.run("import subprocess; subprocess.run(['sleep', '30'])", cores=(core,))
+    while not server.pid or not (children := descendants(server.pid)):
+        time.sleep(0.05)
+    assert {os.sched_getaffinity(pid) == {core} for pid in (server.pid, *(child.pid for child in children))} == {True}
+
+
+def test_two_trials_do_not_share_cores_and_one_that_finds_too_few_is_not_bound() -> None:
+    count = len(os.sched_getaffinity(0))
+    with free_cores(1) as first, free_cores(max(count - 1, 1)) as second:
+        assert len(first) == 1
+        assert not set(first) & set(second)
+        with free_cores(count) as third:
+            assert third == ()
+    with free_cores(count) as all_of_them:
+        assert len(all_of_them) == count

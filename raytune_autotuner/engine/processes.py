@@ -341,6 +341,23 @@ def _reserve_port(host: str) -> tuple[FileLock, int]:
     )
 
 
+@contextmanager
+def free_cores(count: int) -> Iterator[tuple[int, ...]]:
+    """`count` of this process's cores that no other trial of this user takes while the block runs.
+
+    Empty where so many are not free: then the trial shares all cores with whoever holds the others.
+    """
+    locks: dict[int, FileLock] = {}
+    try:
+        for core in sorted(os.sched_getaffinity(0)):
+            if len(locks) < count and (lock := FileLock(f"core-{core}")).acquire():
+                locks[core] = lock
+        yield tuple(locks) if len(locks) == count else ()
+    finally:
+        for lock in locks.values():
+            lock.release()
+
+
 def oom_kills(root: Path = Path("/")) -> int | None:
     """How many processes the kernel has ended for want of memory so far; None where it does not say.
 

@@ -76,6 +76,8 @@ class Spec:
     """Ray's node process where the owner is Ray's worker: its end is the owner's, who notices it seconds later."""
     rules: str
     """How to read the log, see `pack_rules`."""
+    cores: tuple[int, ...] = ()
+    """The CPU cores that the engine may use; empty for all."""
 
     @property
     def log_rules(self) -> LogRules:
@@ -91,7 +93,12 @@ class Spec:
     def from_json(cls, line: str | bytes) -> Spec:
         """The reverse of `to_json`."""
         values = json.loads(line)
-        values |= {"argv": tuple(values["argv"]), "locks": tuple(values["locks"]), "owner": Process(**values["owner"])}
+        values |= {
+            "argv": tuple(values["argv"]),
+            "locks": tuple(values["locks"]),
+            "cores": tuple(values["cores"]),
+            "owner": Process(**values["owner"]),
+        }
         values["raylet"] = values["raylet"] and Process(**values["raylet"])
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 

@@ -112,6 +112,7 @@ class EngineServer:
         grace_s: float = 10.0,
         log_limit_mb: float = 64.0,
         locks: Sequence[str] = (),
+        cores: Sequence[int] = (),
         on_progress: ProgressListener | None = None,
     ) -> None:
         """`deadline` is on `time.monotonic()`; `timeout_s` is the limit it stands for, named in the failure."""
@@ -130,6 +131,7 @@ class EngineServer:
         self._grace_s = grace_s
         self._log_limit_bytes = int(log_limit_mb * 1e6)
         self._locks = tuple(locks)
+        self._cores = tuple(cores)
         self._on_progress = on_progress
         self._changed = threading.Condition()
         self._events: dict[str, dict[str, Any]] = {}
@@ -192,6 +194,7 @@ class EngineServer:
             owner=Process.current(),
             raylet=_raylet(),
             rules=pack_rules(self._rules),
+            cores=self._cores,
         )
 
     # Events

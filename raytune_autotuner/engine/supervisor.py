@@ -225,6 +225,8 @@ class Supervisor:
             if os.getppid() != supervisor:
                 os._exit(1)
             _write_oom_score_adj(oom_score_adj)
+            if self._spec.cores:
+                os.sched_setaffinity(0, self._spec.cores)
 
         process = subprocess.Popen(
             self._spec.argv,

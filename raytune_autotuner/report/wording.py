@@ -74,11 +74,11 @@ def why_out(one: Contender) -> str | None:
     """Why a setting that was measured again cannot be recommended; None where it can."""
     if one.failed is not None:
         kind = one.failed.result.failure.kind if one.failed.result.failure else State.FAILED
-        return f"failed when it was started again ({kind} in trial {one.failed.number})"
+        return f"failed when started again ({kind} in trial {one.failed.number})"
     if not one.ended:
-        return "was measured again too few times"
+        return f"{'were' if one.is_baseline else 'was'} measured again too few times"
     if not one.holds:
-        return f"misses an SLO (median violation {format_number(one.violation or 0.0)})"
+        return f"{'miss' if one.is_baseline else 'misses'} an SLO (median violation {format_number(one.violation or 0.0)})"
     return None
 
 

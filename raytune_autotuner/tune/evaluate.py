@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from raytune_autotuner.engine.contract import Engine, Launch
-from raytune_autotuner.engine.processes import free_port, make_mark
+from raytune_autotuner.engine.processes import free_cores, free_port, make_mark
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.load import client, quality
 from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
@@ -67,6 +67,8 @@ class Evaluation:
     """Called once all loads are measured, before the engine is stopped."""
     gpus: Sequence[str] = ()
     """The GPUs that the trial holds; its engine sees no others."""
+    cores: int = 0
+    """So many CPU cores the engine gets for itself; 0: it shares all of them."""
     restart: int | None = None
     """Of a verification, its number from 0: it gives the load seeds of its own, and refines the highest load."""
     reference: Quality | None = None
@@ -99,8 +101,7 @@ class Evaluation:
         try:
             yield from self._measure()
         except GeneratorExit:
-            self._log.write(self.stage, "ended between two loads: it cannot beat the best trial any more")
-            self._keep(TrialResult(self._metrics(), None, self.seconds, self._answers))
+            self._keep(None, "ended between two loads: it cannot beat the best trial any more")
             raise
         except TrialFailed as failed:
             failure = failed.failure
@@ -110,14 +111,14 @@ class Evaluation:
         metrics = self._metrics() if failure is None else self._quality
         self.seconds["total"] = time.monotonic() - begun
         result = TrialResult(metrics, failure, self.seconds, self._answers)
-        self._keep(result)
+        self._keep(result, str(failure or f"measured in {self.seconds['total']:.1f} s"))
         return result
 
     def _measure(self) -> Generator[Metrics, None, None]:
-        with free_port() as port:
+        with free_port() as port, free_cores(self.cores) as cores:
             launch = self.engine.launch(self.params, port)
-            self._describe(launch)
-            server = self._server(launch, port)
+            self._describe(launch, cores)
+            server = self._server(launch, port, cores)
             try:
                 server.start()
                 self._await_ready(server)
@@ -130,7 +131,7 @@ class Evaluation:
                     # vLLM ignores SIGTERM while it starts, so there is nothing to wait for before it is ready.
                     server.stop(None if self.stage.order >= Stage.READY.order else IMPATIENT_S)
 
-    def _server(self, launch: Launch, port: int) -> EngineServer:
+    def _server(self, launch: Launch, port: int, cores: tuple[int, ...]) -> EngineServer:
         return EngineServer(
             launch,
             port,
@@ -141,6 +142,7 @@ class Evaluation:
             timeout_s=self.study.trial.timeout_s,
             log_limit_mb=self.study.trial.log_limit_mb,
             locks=[f"gpu-{gpu}" for gpu in self.gpus],
+            cores=cores,
             on_progress=self._engine_moved,
         )
 
@@ -354,19 +356,24 @@ class Evaluation:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
 
-    def _describe(self, launch: Launch) -> None:
+    def _describe(self, launch: Launch, cores: tuple[int, ...]) -> None:
         here, plain = self.engine.launch_lines(self.params)
         command = {"params": dict(self.params), "argv": list(launch.argv), "env": dict(launch.env)}
         write_json(self.workdir / "command.json", {**command, "launch": here, "plain": plain})
-        self._log.write(self.stage, f"starting {' '.join(launch.argv)}")
+        bound = f" on cores {', '.join(map(str, cores))}" if cores else ""
+        self._log.write(self.stage, f"starting{bound} {' '.join(launch.argv)}")
 
-    def _keep(self, result: TrialResult) -> None:
-        """Write down what was measured; a disk that is full must not take it from those who wait for it."""
+    def _keep(self, result: TrialResult | None, said: str) -> None:
+        """Write down what was measured; a disk that is full must not take it from those who wait for it.
+
+        A trial that was ended early has no result of its own, lest its part be taken for the whole.
+        """
         try:
             write_records(self.workdir / "requests.parquet", self._records)
             write_series(self.workdir / SERIES, self._watched)
-            write_result(self.workdir, result)
-            self._log.write(self.stage, str(result.failure or f"measured in {self.seconds['total']:.1f} s"))
+            if result is not None:
+                write_result(self.workdir, result)
+            self._log.write(self.stage, said)
         except OSError as error:
             logger.error("%s: could not be written: %s", self.workdir, error)
         finally:

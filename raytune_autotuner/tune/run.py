@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,6 +77,19 @@ def run_study(
     """
     check_study(study, results)
     engine = make_engine(study)
+    with closing(engine):
+        return _run(study, results, engine, address, resume, verbose, trainable)
+
+
+def _run(
+    study: Study,
+    results: Path,
+    engine: Engine,
+    address: str | None,
+    resume: bool,
+    verbose: bool,
+    trainable: type[EngineTrial],
+) -> int:
     before = unfinished_run(study, results.absolute()) if resume else None
     if before is not None:
         check_versions(before, engine.versions())
@@ -94,7 +107,6 @@ def run_study(
             return run.finish()
         finally:
             watcher.close()
-            engine.close()
             run.end_monitor()
             sweep_orphans()
 
@@ -212,7 +224,7 @@ class _Run:
         study = self.study
         # Ray Tune starts one actor after the other unless as many trials may wait as there are slots.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.slots)
-        job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor)
+        job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor, self.slots)
         trainable = tune.with_parameters(self.trainable, job=job)
         trainable.__name__ = trainable.__qualname__ = self.trainable.__name__  # as the Ray dashboard shows it
         return Tuner(

@@ -213,7 +213,7 @@ class StudySearch(OptunaSearch):
             known = None if queued else self._known(params)
             if known is not None:
                 self._answer_again(ot_trial, known)
-            elif (refused := self._refusal(params)) is not None:
+            elif not ot_trial.user_attrs.get("name") and (refused := self._refusal(params)) is not None:
                 self._teller.tell_refused(self.ot_study, ot_trial, refused)
             else:
                 return ot_trial, params

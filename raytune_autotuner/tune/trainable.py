@@ -6,6 +6,7 @@ failures as results; those that kill it are found by the monitor and the reporte
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Generator, Mapping
@@ -41,6 +42,8 @@ class Job:
     run_id: str
     trials_dir: Path
     monitor: Any
+    slots: int = 1
+    """Trials at once."""
 
 
 class EngineTrial(tune.Trainable):
@@ -103,6 +106,7 @@ class EngineTrial(tune.Trainable):
             on_progress=self._beat,
             on_measured=self._measured,
             gpus=gpus,
+            cores=math.ceil(self.config["cpus"]) if self._job.slots > 1 and not gpus else 0,
             restart=self.config["restart"],
             reference=self.config["reference"],
             deadline=self._begun + study.trial.timeout_s + BACKSTOP_S,

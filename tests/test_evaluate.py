@@ -1,0 +1,153 @@
+"""One trial by hand, without Ray and Optuna: which loads are sent, what is held against the baseline, what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.load.workload import Level
+from raytune_autotuner.score.quality import Quality
+from raytune_autotuner.study.failure import Blame, Kind, Stage
+from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.tune.evaluate import SERIES, Evaluation, middle
+from tests.studies import BASE, merged
+
+SCAN: dict[str, Any] = {
+    "workload": {"concurrency": [64, 4, 16], "requests": 32},
+    "objective": {"maximize": "max_load_under_slo", "slo": {"e2el_ms": {"p90": 60}}},
+}
+
+
+@dataclass
+class Played:
+    """A trial that ran to its end."""
+
+    result: TrialResult
+    steps: Sequence[Mapping[str, float]]
+    folder: Path
+
+    @property
+    def sent(self) -> list[str]:
+        """The measured load levels in the order in which they were sent."""
+        records = pd.read_parquet(self.folder / "requests.parquet")
+        return list(dict.fromkeys(records[records["phase"] == "measure"]["level"]))
+
+
+def evaluation(folder: Path, changes: Mapping[str, Any], params: Mapping[str, Any], **options: Any) -> Evaluation:
+    study = parse_study(merged(merged(BASE, {"engine": {"args": {"speed": 4}}}), dict(changes)))
+    return Evaluation(study, make_engine(study), dict(params), folder / "trial", "run", "trial", **options)
+
+
+def play(folder: Path, changes: Mapping[str, Any], params: Mapping[str, Any] | None = None, **options: Any) -> Played:
+    rounds, steps = evaluation(folder, changes, params or {}, **options).run(), []
+    while True:
+        try:
+            steps.append(next(rounds))
+        except StopIteration as stop:
+            return Played(stop.value, steps, folder / "trial")
+
+
+def test_every_level_is_sent_in_every_round_and_each_load_is_a_step(tmp_path: Path) -> None:
+    played = play(tmp_path, {"workload": {"concurrency": [2, 8], "rounds": 2, "requests": 8}})
+    assert played.result.failure is None
+    assert len(played.steps) == 4
+    assert played.sent == ["c2", "c8"]
+    assert "output_throughput_tok_s" not in played.steps[0]
+    assert "output_throughput_tok_s@c2" in played.steps[0]
+    assert "output_throughput_tok_s" in played.steps[1]
+    assert "drift" in played.result.metrics
+
+
+def test_a_scan_goes_up_and_ends_at_the_first_level_that_misses(tmp_path: Path) -> None:
+    slow = play(tmp_path, merged(SCAN, {"objective": {"slo": {"e2el_ms": {"p90": 0.001}}}}))
+    assert slow.sent == ["c4"]
+    assert slow.result.metrics["max_load_under_slo"] == 0
+    easy = play(tmp_path / "easy", merged(SCAN, {"objective": {"slo": {"e2el_ms": {"p90": 60000}}}}))
+    assert easy.sent == ["c4", "c16", "c64"]
+    assert easy.result.metrics["max_load_under_slo"] == 64
+
+
+def test_a_finalists_scan_is_refined_between_the_last_that_held_and_the_first_that_missed(tmp_path: Path) -> None:
+    params = {"max-num-seqs": 2}  # what waits for its turn misses
+    found = play(tmp_path, SCAN, params, restart=0)
+    assert found.result.failure is None, found.result.failure
+    highest = int(found.result.metrics["max_load_under_slo"])
+    tried = sorted(int(level[1:]) for level in found.sent)
+    held, missed = tried[: tried.index(highest) + 1], tried[tried.index(highest) + 1 :]
+    assert len(tried) > 3 or highest in (0, 64)
+    assert held
+    assert not missed or missed[0] - highest <= max(1, 0.05 * highest) or len(tried) >= 7
+
+
+@pytest.mark.parametrize(
+    ("held", "missed", "between"),
+    [
+        (Level("c4", 4), Level("c16", 16), "c10"),
+        (Level("c4", 4), Level("c5", 5), None),
+        (Level("c100", 100), Level("c104", 104), None),
+        (Level("r1", rate_rps=1.0), Level("r4", rate_rps=4.0), "r2"),
+        (Level("r1", rate_rps=1.0), Level("r1.04", rate_rps=1.04), None),
+    ],
+)
+def test_the_step_between_two_loads_is_halved_until_it_is_small(
+    held: Level, missed: Level, between: str | None
+) -> None:
+    found = middle(held, missed)
+    assert (found and found.label) == between
+
+
+def test_the_baseline_keeps_its_answers_and_a_setting_that_loses_too_much_fails_before_any_load(tmp_path: Path) -> None:
+    changes = {"quality": {"max_perplexity_rise": 0.001, "max_answer_change": 0.0}, "search_space": SPACE}
+    baseline = play(tmp_path, changes)
+    assert baseline.result.failure is None
+    assert baseline.result.answers
+    reference = Quality(baseline.result.metrics["perplexity"], baseline.result.answers)
+    same = play(tmp_path / "same", changes, {"max-num-seqs": 8}, reference=reference)
+    assert same.result.failure is None
+    assert same.result.metrics["perplexity_rise"] == 0
+    worse = play(tmp_path / "worse", changes, {"kv-cache-dtype": "fp8"}, reference=reference)
+    failure = worse.result.failure
+    assert failure is not None
+    assert (failure.kind, failure.blame, failure.stage) == (Kind.QUALITY_LOSS, Blame.PARAMETERS, Stage.READY)
+    assert worse.result.metrics["perplexity_rise"] > 0.001
+    assert worse.steps == []
+
+
+SPACE = {"max-num-seqs": {"choice": [2, 8]}, "kv-cache-dtype": {"choice": ["auto", "fp8"]}}
+
+
+def test_restarts_have_loads_of_their_own_and_the_same_restart_has_the_same(tmp_path: Path) -> None:
+    def tokens(name: str, restart: int | None) -> list[int]:
+        workload = {"traffic": "U(8,64)/(4,16)", "requests": 16}
+        folder = play(tmp_path / name, {"workload": workload}, restart=restart).folder
+        records = pd.read_parquet(folder / "requests.parquet")
+        return list(records[records["phase"] == "measure"].sort_values("index")["tokens_in"])
+
+    assert tokens("a", 0) == tokens("b", 0)
+    assert tokens("c", None) != tokens("d", 1) != tokens("a2", 0)
+
+
+def test_a_trial_that_is_ended_between_two_loads_keeps_what_it_measured_and_leaves_no_engine(tmp_path: Path) -> None:
+    trial = evaluation(tmp_path, {"workload": {"rounds": 3}}, {})
+    rounds = trial.run()
+    next(rounds)
+    rounds.close()
+    folder = tmp_path / "trial"
+    assert len(pd.read_parquet(folder / "requests.parquet").query("phase == 'measure'")) == 16
+    assert "ended between two loads" in (folder / "trial.log").read_text()
+    assert "no process left" in (folder / "trial.log").read_text()
+    assert list(trial.values) == ["c8"]
+    assert not (folder / "result.json").exists()
+
+
+def test_the_engines_own_figures_lie_beside_the_requests(tmp_path: Path) -> None:
+    played = play(tmp_path, {"engine": {"args": {"speed": 0.05}}, "workload": {"requests": 32}})
+    assert (played.folder / SERIES).is_file()
+    assert played.result.metrics["preemptions"] == 0
