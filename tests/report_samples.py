@@ -77,6 +77,38 @@ def failed(number: int, params: dict[str, Any] | None = None, failure: Failure =
     )
 
 
+def again(
+    number: int, of: TrialRow, restart: int, *scores: float, violation: float = -0.5, failure: Failure | None = None
+) -> TrialRow:
+    """One more measurement of the setting of trial `of`, on a fresh start; without scores it failed."""
+    row = failed(number, dict(of.params), failure or NO_MEMORY)
+    if scores:
+        row = replace(measured(number, scores[0], dict(of.params), violation), scores=scores if scores[1:] else ())
+    return replace(row, name="", verifies=of.number, restart=restart)
+
+
+def verified(rows: list[TrialRow], scores: dict[int, tuple[float, ...]], violation: float = -0.5) -> list[TrialRow]:
+    """The rows and their verification: trial number to its score in each restart, interleaved."""
+    by_number = {row.number: row for row in rows}
+    order = [(restart, of) for restart in range(max(map(len, scores.values()))) for of in scores]
+    due = [(restart, of) for restart, of in order if restart < len(scores[of])]
+    first = max(by_number) + 1
+    return rows + [
+        again(first + i, by_number[of], restart, scores[of][restart], violation=violation)
+        for i, (restart, of) in enumerate(due)
+    ]
+
+
+BASE = (100.0, 97.0, 103.0, 99.0, 101.0)
+"""The baseline's own restarts: they differ by 2.2 %."""
+
+
+def verified_rows() -> list[TrialRow]:
+    """Baseline 100; trial 2 wins by 40 %; trial 3 is 20 % better, changes more and fails no SLO here."""
+    rows = [measured(0, 100.0), measured(2, 143.0, setting(16)), measured(3, 121.0, setting(32, 64))]
+    return verified(rows, {0: BASE, 2: (140.0, 137.0, 144.0, 138.0, 141.0), 3: (119.0, 118.0, 123.0, 118.0, 122.0)})
+
+
 def running(number: int, params: dict[str, Any] | None = None) -> TrialRow:
     return replace(measured(number, 1.0, params), state=State.RUNNING, result=TrialResult(), score=None, violation=None)
 

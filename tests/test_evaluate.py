@@ -11,8 +11,12 @@ import pandas as pd
 import pytest
 
 from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.load.parquet import read_records
 from raytune_autotuner.load.workload import Level
+from raytune_autotuner.score.metrics import ENGINE_METRICS, summarize
+from raytune_autotuner.score.objective import trial_metrics
 from raytune_autotuner.score.quality import Quality
+from raytune_autotuner.score.records import duration_s, measured
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.study import parse_study
 from raytune_autotuner.study.trial import TrialResult
@@ -151,3 +155,15 @@ def test_the_engines_own_figures_lie_beside_the_requests(tmp_path: Path) -> None
     played = play(tmp_path, {"engine": {"args": {"speed": 0.05}}, "workload": {"requests": 32}})
     assert (played.folder / SERIES).is_file()
     assert played.result.metrics["preemptions"] == 0
+
+
+def test_every_figure_of_the_load_comes_again_from_the_requests_that_were_kept(tmp_path: Path) -> None:
+    changes = {"workload": {"concurrency": [2, 8], "rounds": 2, "requests": 16}, "resources": {"price_per_hour": 3.0}}
+    played = play(tmp_path, changes)
+    study = parse_study(merged(BASE, changes))
+    levels = measured(read_records(played.folder / "requests.parquet"))
+    again = {label: summarize(records, duration_s(records)) for label, records in levels.items()}
+    metrics = trial_metrics(study, again)
+    engines_own = {name for name in played.result.metrics if name.partition("@")[0] in ENGINE_METRICS}
+    assert metrics.keys() == played.result.metrics.keys() - engines_own
+    assert metrics == pytest.approx({name: played.result.metrics[name] for name in metrics})

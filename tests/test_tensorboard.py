@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.tensorboard import TensorBoardWriter, tag
+from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.failure import Stage
-from tests.report_samples import METRIC, failed, make_study, measured, sample_rows, setting
+from tests.report_samples import METRIC, failed, make_study, measured, sample_rows, setting, verified_rows
 
 
 @pytest.fixture
@@ -113,6 +115,35 @@ def test_a_parameter_of_the_baseline_is_shown_where_the_study_fixes_it(tmp_path:
     start = hparams(made.find_trial_dir(0), "session_start_info").session_start_info.hparams
     assert set(start) == {"max-num-seqs", "trial"}
     assert start["trial"].string_value == "0 baseline"
+
+
+def test_restarts_are_curves_of_their_own_and_the_verdict_is_text(tmp_path: Path) -> None:
+    study, rows = make_study(), verified_rows()
+    made = ResultsFolder.create(tmp_path, study)
+    writer = TensorBoardWriter(made, study)
+    for row in rows:
+        writer.ended(row)
+    writer.verdict(study_verdict(study, rows))
+    writer.close()
+    found = scalars(made.path)
+    assert found["study/best_score"] == [(0, 100), (2, 143), (3, 143)]
+    assert found[f"verification/{METRIC}/trial_2"] == [(0, 140), (1, 137), (2, 144), (3, 138), (4, 141)]
+    start = hparams(made.find_trial_dir(5), "session_start_info").session_start_info.hparams
+    assert start["trial"].string_value == "5 verify trial 2, 1 of 5"
+    (text,) = events(made.path).Tensors("verdict")
+    said = text.tensor_proto.string_val[0].decode()
+    assert said.startswith("Run trial 2: ")
+    assert f"| trial 2 | {METRIC} | 140 | 2.0 % | +40.0 % | +38.7 to +41.3 % |" in said
+
+
+def test_every_objective_has_its_scalar(tmp_path: Path) -> None:
+    study = make_study(objective={"maximize": METRIC, "minimize": "tpot_ms_p90"})
+    made = ResultsFolder.create(tmp_path, study)
+    writer = TensorBoardWriter(made, study)
+    writer.ended(replace(measured(0, 100.0), scores=(100.0, 50.0)))
+    writer.close()
+    found = scalars(made.find_trial_dir(0))
+    assert (found[f"outcome/score:{METRIC}"], found["outcome/score:tpot_ms_p90"]) == ([(1, 100)], [(1, 50)])
 
 
 class Server:

@@ -22,13 +22,24 @@ from rich.console import Console
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.status import LiveTrial
 from raytune_autotuner.report.table import differing, trial_table
-from raytune_autotuner.report.terminal import Ending, EventLines, StudyInfo, make_watcher
-from raytune_autotuner.report.verdict import verdict
+from raytune_autotuner.report.terminal import Ending, EventLines, StudyInfo, comparison_lines, make_watcher
+from raytune_autotuner.report.verdict import study_verdict, verdict
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
-from tests.report_samples import METRIC, failed, make_study, measured, running, sample_rows, setting
+from tests.report_samples import (
+    METRIC,
+    again,
+    failed,
+    make_study,
+    measured,
+    running,
+    sample_rows,
+    setting,
+    verified_rows,
+)
 
+TWO = {"maximize": METRIC, "minimize": "ttft_ms_p90"}
 LINE = "HF_HUB_OFFLINE=1 " + "python -m engine --flag value " * 12 + "--end"
 LIVE = {4: LiveTrial(4, Stage.WEIGHTS, 0.4, 21.0, 600.0)}
 
@@ -48,6 +59,11 @@ def drawn(rows: Sequence[TrialRow], width: int, height: int | None = None, best:
     with console.capture() as capture:
         console.print(trial_table(make_study(), rows, LIVE, width, height, best))
     return capture.get().splitlines()
+
+
+def two_objectives() -> list[TrialRow]:
+    rows = [replace(row, scores=(row.score or 0.0, 50.0 + row.number % 3)) for row in verified_rows()]
+    return [replace(row, result=replace(row.result, metrics={"ttft_ms_p90": row.scores[1]})) for row in rows]
 
 
 # A line an event
@@ -113,6 +129,27 @@ def test_a_lost_trial_and_its_retry_are_told() -> None:
     assert "trial 2 started again (was trial 1)" in told[2]
 
 
+def test_a_restart_is_told_by_what_it_verifies_and_is_never_the_best() -> None:
+    rows = verified_rows()
+    told = events([(rows, {})])
+    assert "trial 5 started: verify trial 2, 1 of 5" in told
+    assert f"trial 5 measured {METRIC} 140 (verify trial 2, 1 of 5)" in told
+    assert sum("best so far" in line for line in told) == 1  # trial 2, in the search
+    failure = events([([again(9, rows[1], 2)], {})])[-1]
+    assert failure.startswith("trial 9 failed (verify trial 2, 3 of 5) at kv-cache: out-of-memory")
+
+
+def test_a_trial_that_could_not_win_is_told_by_what_it_could_have_come_to() -> None:
+    row = replace(measured(3, 1.0, setting(8)), state=State.STOPPED, score=None, violation=None, bound=97.0)
+    assert events([([row], {})])[-1] == f"trial 3 stopped after 70.0 s: {METRIC} could come to 97 at best"
+
+
+def test_every_objective_is_told() -> None:
+    study = make_study(objective=TWO)
+    line = str(Events(study).since([replace(measured(0, 100.0), scores=(100.0, 50.0))], {})[-1])
+    assert line == f"trial 0 measured {METRIC} 100, ttft_ms_p90 50 (baseline), best so far in the first"
+
+
 def test_without_a_terminal_there_are_no_control_codes(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     with path.open("w") as stream:
@@ -172,6 +209,33 @@ def test_the_end_says_what_won_what_changed_what_failed_and_where_it_is() -> Non
     assert "max-model-len" not in text.split("changed against")[1].split("failures")[0]
     assert "out-of-memory x1 (trial 1): Lower gpu-memory-utilization." in text
     assert "tensorboard --logdir '/r/sample run'" in text
+
+
+def test_the_end_shows_what_was_measured_again() -> None:
+    text = ended(verified_rows())
+    assert "40.0 % better (95 % interval +38.7 to +41.3 %), 5 restarts each, noise 2.2 %." in text
+    lines = text.splitlines()
+    start = lines.index(f"measured again: {METRIC}")
+    assert [" ".join(line.split()) for line in lines[start + 1 : start + 5]] == [
+        "setting mean spread gain 95 % interval",
+        "defaults 100 2.2 % - -",
+        "trial 2 140 2.0 % +40.0 % +38.7 to +41.3 %",
+        "trial 3 120 2.0 % +20.0 % +18.6 to +21.4 %",
+    ]
+
+
+@pytest.mark.parametrize("width", [30, 45, 60, 120])
+def test_the_table_of_what_was_measured_again_fits_and_keeps_the_interval(width: int) -> None:
+    answer = study_verdict(make_study(objective=TWO), two_objectives())
+    lines = comparison_lines(answer, width)
+    assert max(map(len, lines)) <= width or width == 30
+    assert "95 % interval" in lines[1]
+    assert ("spread" in lines[1]) == (width == 120)
+
+
+def test_a_machine_too_noisy_to_decide_is_warned_of_at_the_end() -> None:
+    answer = replace(verdict(verified_rows(), "maximize", METRIC), warning="Too noisy.")
+    assert "\nToo noisy.\n" in ended(the_end=Ending(answer, verified_rows()))
 
 
 def test_where_the_defaults_win_nothing_is_said_to_have_changed() -> None:
@@ -244,6 +308,26 @@ def test_text_from_an_engine_is_no_markup() -> None:
     text = "\n".join(drawn(rows, 120))
     assert "[red]a[/red]" in text
     assert ":smile:" in text
+
+
+@pytest.mark.parametrize(("width", "cell"), [(60, "8 verify 2, 2/5"), (120, "8 verify trial 2, 2 of 5")])
+def test_a_restart_stands_in_the_table_with_what_it_verifies(width: int, cell: str) -> None:
+    lines = drawn(verified_rows(), width)
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith(cell) for line in lines)
+
+
+def test_while_restarts_fill_the_table_the_finalists_stay_in_it() -> None:
+    lines = drawn(verified_rows(), 80, 10, best=2)
+    assert [line.split()[0] for line in lines if line[:1].isdigit()][:3] == ["0", "2", "3"]
+
+
+def test_every_objective_is_a_column_also_where_there_is_little_room() -> None:
+    study, console = make_study(objective=TWO), Console(width=70, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(trial_table(study, two_objectives(), {}, 70, None, None))
+    assert re.search(r"ttft_", capture.get())
+    assert "higher is better; ttft_ms_p90, lower" in capture.get()
 
 
 def test_an_empty_study_can_be_drawn() -> None:

@@ -89,6 +89,8 @@ class Events:
         failure = row.result.failure
         if row.state is State.MEASURED:
             return Event(row.number, Stage.LOAD, self._measured(row, rows))
+        if row.bound is not None:
+            return Event(row.number, Stage.LOAD, self._stopped(row))
         if failure is None:
             return Event(row.number, None, f"{row.state} after {row.result.seconds.get('total', 0.0):.1f} s")
         return Event(row.number, failure.stage, self._failed(row))
@@ -111,6 +113,10 @@ class Events:
         if self._verbose:
             parts += [f"{name} {format_number(value)}" for name, value in shown_metrics(self._study, [row]).items()]
         return ", ".join(parts)
+
+    def _stopped(self, row: TrialRow) -> str:
+        after, metric = row.result.seconds.get("total", 0.0), self._study.objective.metric
+        return f"stopped after {after:.1f} s: {metric} could come to {format_number(row.bound or 0.0)} at best"
 
     def _failed(self, row: TrialRow) -> str:
         failure = row.result.failure

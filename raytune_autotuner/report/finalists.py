@@ -109,7 +109,8 @@ def as_good(best: Contender, others: Sequence[Contender], direction: Direction) 
 
 def _contender(row: TrialRow, rows: Sequence[TrialRow]) -> Contender:
     """A lost restart was run again, an interrupted one says nothing."""
-    again = (other for other in rows if other.verifies == row.number and other.state.teaches)
+    told = (State.MEASURED, State.FAILED)
+    again = (other for other in rows if other.verifies == row.number and other.state in told)
     return Contender(row, tuple(sorted(again, key=lambda other: (other.restart or 0, other.number))))
 
 

@@ -282,6 +282,7 @@ def flat_row(row: TrialRow, objectives: Sequence[str] = ()) -> dict[str, Any]:
         "penalty": row.penalty,
         "violation": row.violation,
         "relative": row.relative,
+        "bound": row.bound,
         "retry_of": row.retry_of,
         "verifies": row.verifies,
         "restart": row.restart,

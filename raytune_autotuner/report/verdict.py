@@ -12,7 +12,7 @@ from typing import Any
 
 from raytune_autotuner.report import wording
 from raytune_autotuner.report.finalists import Contender, Targets, as_good, contenders
-from raytune_autotuner.score.comparison import Comparison, TooNoisy, too_noisy
+from raytune_autotuner.score.comparison import Comparison, too_noisy
 from raytune_autotuner.score.grades import Direction
 from raytune_autotuner.score.pareto import dominates, knee, pareto_front
 from raytune_autotuner.study.space import Params
@@ -151,16 +151,16 @@ def _by_restarts(again: Sequence[Contender], targets: Targets, fixed: Params, ba
     finalists = [one for one in again if not one.is_baseline]
     holding = [one for one in finalists if one.holds]
     if defaults is None or not defaults.holds:
-        winner, sentence = _without_defaults(defaults, finalists, targets, fixed)
-    else:
-        winner = _choice(defaults, [one for one in holding if one.better], targets, fixed)
-        told = wording.no_gain(defaults, finalists, targets) if winner is defaults else None
-        sentence = told or wording.gain(winner, defaults, finalists, _ties(winner, holding, targets), targets)
-    gain = winner.comparisons[0].gain if winner and winner.comparisons and _relative(winner.comparisons[0]) else None
-    kept = 0.0 if winner is not None and winner is defaults else gain
-    noisy = _noise(holding) if winner is defaults else None
-    warning = None if noisy is None else wording.warning(*noisy)
-    return Verdict(None if winner is None else winner.row, baseline, kept, sentence, tuple(again), warning)
+        closest = _best(holding, targets[:1], fixed) if holding else _least_missing(again)
+        sentence = wording.without_defaults(closest, defaults, baseline, finalists, targets)
+        row = None if closest is None else closest.row
+        return Verdict(row, baseline, _gain_again(closest), sentence, tuple(again))
+    winner = _choice(defaults, [one for one in holding if one.better], targets, fixed)
+    if winner is defaults:
+        sentence = wording.no_gain(defaults, finalists, targets)
+        return Verdict(defaults.row, baseline, 0.0, sentence, tuple(again), _warning(holding))
+    sentence = wording.gain(winner, defaults, finalists, _ties(winner, holding, targets), targets)
+    return Verdict(winner.row, baseline, _gain_again(winner), sentence, tuple(again))
 
 
 def _choice(defaults: Contender, good: Sequence[Contender], targets: Targets, fixed: Params) -> Contender:
@@ -196,17 +196,10 @@ def _told_apart(one: Contender, defaults: Contender, targets: Targets) -> tuple[
     return tuple(means)
 
 
-def _without_defaults(
-    defaults: Contender | None, finalists: Sequence[Contender], targets: Targets, fixed: Params
-) -> tuple[Contender | None, str]:
-    """The defaults failed or miss an SLO: the best of what holds, else the least miss, else nothing."""
-    holding = [one for one in finalists if one.holds]
-    if holding:
-        winner = _best(holding, targets[:1], fixed)
-        return winner, wording.in_place_of_defaults(winner, defaults, targets)
-    missing = [one for one in (defaults, *finalists) if one is not None and one.failed is None and one.ended]
-    closest = min(missing, key=lambda one: one.violation or 0.0, default=None)
-    return closest, wording.nothing_holds(closest, defaults, finalists)
+def _least_missing(again: Sequence[Contender]) -> Contender | None:
+    """Of the settings that started every time, the one that comes closest to its SLOs."""
+    missing = [one for one in again if one.failed is None and one.ended]
+    return min(missing, key=lambda one: one.violation or 0.0, default=None)
 
 
 def _ties(winner: Contender, holding: Sequence[Contender], targets: Targets) -> list[Contender]:
@@ -215,15 +208,19 @@ def _ties(winner: Contender, holding: Sequence[Contender], targets: Targets) -> 
     return as_good(winner, others, targets[0][1]) if len(targets) == 1 else []
 
 
-def _noise(holding: Sequence[Contender]) -> tuple[Contender, TooNoisy] | None:
-    """The finalist that so much noise is the worst for, by how many restarts would be needed."""
+def _warning(holding: Sequence[Contender]) -> str | None:
+    """That there is too much noise, by the finalist that needs the fewest restarts to be decided."""
     compared = [(one, too_noisy(one.comparisons[0])) for one in holding if one.comparisons]
     noisy = [(one, found) for one, found in compared if found is not None]
-    return min(noisy, key=lambda pair: pair[1].restarts or float("inf"), default=None)
+    if not noisy:
+        return None
+    return wording.warning(*min(noisy, key=lambda pair: pair[1].restarts or float("inf")))
 
 
-def _relative(comparison: Comparison) -> bool:
-    return comparison.scale != "difference"
+def _gain_again(winner: Contender | None) -> float | None:
+    """As a share, for the first objective."""
+    comparison = next(iter(winner.comparisons if winner else ()), None)
+    return None if comparison is None or comparison.scale == "difference" else comparison.gain
 
 
 # By single measurements

@@ -78,7 +78,9 @@ def why_out(one: Contender) -> str | None:
     if not one.ended:
         return f"{'were' if one.is_baseline else 'was'} measured again too few times"
     if not one.holds:
-        return f"{'miss' if one.is_baseline else 'misses'} an SLO (median violation {format_number(one.violation or 0.0)})"
+        return (
+            f"{'miss' if one.is_baseline else 'misses'} an SLO (median violation {format_number(one.violation or 0.0)})"
+        )
     return None
 
 
@@ -113,23 +115,23 @@ def no_gain(defaults: Contender, finalists: Sequence[Contender], targets: Target
     return f"{text} {figures[0].upper()}{figures[1:]}. {_sentence(out)}".rstrip()
 
 
-def in_place_of_defaults(winner: Contender, defaults: Contender | None, targets: Targets) -> str:
-    """The recommendation of a setting that works where the defaults do not."""
+def without_defaults(
+    winner: Contender | None,
+    defaults: Contender | None,
+    baseline: TrialRow | None,
+    finalists: Sequence[Contender],
+    targets: Targets,
+) -> str:
+    """The recommendation where the defaults do not work: of a setting that does, or of none."""
+    if winner is None or not winner.holds:
+        return _nothing_holds(winner, defaults, finalists)
     values = "; ".join(f"{metric} {format_number(winner.mean(i))}" for i, (metric, _) in enumerate(targets))
     own = winner.spread()
     noise = "" if own is None else f", which differ by {percent(own)}"
-    reason = "failed" if defaults is None else why_out(defaults)
-    if defaults is not None and defaults.failed is None and defaults.measured:
+    reason = _not_measured(baseline) if defaults is None else why_out(defaults)
+    if defaults is not None and defaults.failed is None:
         reason = f"{reason}, at {format_number(defaults.mean())}"
     return f"Run {winner.name}: {values} and every SLO met over {_restarts(winner)}{noise}; the defaults {reason}."
-
-
-def nothing_holds(closest: Contender | None, defaults: Contender | None, finalists: Sequence[Contender]) -> str:
-    """That no setting held up, and what to do."""
-    out = [f"{'the defaults' if one.is_baseline else one.name} {why_out(one)}" for one in (defaults, *finalists) if one]
-    advice = "Raise verify.top to measure more settings again, relax the SLO or lower the load."
-    nearest = "" if closest is None else f" {_name(closest)} {_come(closest)} closest."
-    return f"No setting held up when it was measured again. {_sentence(out)}{nearest} {advice}"
 
 
 def warning(one: Contender, noisy: TooNoisy) -> str:
@@ -203,6 +205,18 @@ def nothing_measured(rows: Sequence[TrialRow]) -> str:
 # Parts
 
 
+def _nothing_holds(closest: Contender | None, defaults: Contender | None, finalists: Sequence[Contender]) -> str:
+    out = [f"{'the defaults' if one.is_baseline else one.name} {why_out(one)}" for one in (defaults, *finalists) if one]
+    advice = "Raise verify.top to measure more settings again, relax the SLO or lower the load."
+    nearest = "" if closest is None else f" {_name(closest)} {_come(closest)} closest."
+    return f"No setting held up when it was measured again. {_sentence(out)}{nearest} {advice}"
+
+
+def _not_measured(baseline: TrialRow | None) -> str:
+    failure = None if baseline is None else baseline.result.failure
+    return "were not measured" if failure is None else f"failed ({failure.kind})"
+
+
 def _cells(one: Contender, targets: Targets, i: int) -> list[str]:
     comparison = one.comparisons[i] if one.comparisons else None
     name = one.name if one.holds else f"{one.name} (out)"
@@ -218,7 +232,9 @@ def _cells(one: Contender, targets: Targets, i: int) -> list[str]:
 
 
 def _out(finalists: Sequence[Contender]) -> list[str]:
-    return [f"{one.name} {why_out(one)}" for one in finalists if not one.holds]
+    """Which finalists cannot win against defaults that hold, and why."""
+    out = [one for one in finalists if not (one.holds and one.comparisons)]
+    return [f"{one.name} {why_out(one) or 'shares too few restarts with the defaults'}" for one in out]
 
 
 def _level(contenders: Sequence[Contender]) -> str:

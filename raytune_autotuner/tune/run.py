@@ -33,7 +33,7 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
-from raytune_autotuner.report.verdict import verdict
+from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.space import Params
@@ -204,14 +204,18 @@ class _Run:
         """Write the verdict down and say it; returns the exit code."""
         rows = self.reporter.rows
         self.folder.write_rows(rows)
-        objective = self.study.objective
-        answer = verdict(rows, objective.direction, objective.metric, self.engine.defaults())
+        answer = study_verdict(self.study, rows, self.engine.defaults())
+        self.folder.write_verdict(answer)
         lines = None
         if answer.winner is not None:
             lines = self.engine.launch_lines(answer.winner.params)
-            self.folder.write_best(self.study, answer.winner, answer.baseline, self.engine.config_model(), lines[0])
+            model = self.engine.config_model()
+            self.folder.write_best(self.study, answer.winner, answer.baseline, model, lines[0], answer)
+        self.board.verdict(answer)
         phase: Phase = "interrupted" if self.reporter.interrupted else "finished"
         self.log.write_study(f"{phase}: {answer.sentence}")
+        if answer.warning:
+            self.log.write_study(answer.warning)
         write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
         self.board.close()
         self.watcher.finished(Ending(answer, rows, lines, self.reporter.interrupted, self.reporter.ending))
