@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "search_space": {"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [16, 32]}},
     "workload": {"traffic": "D(32,8)", "concurrency": 8, "requests": 16, "warmup_requests": 2},
     "objective": {"maximize": "output_throughput_tok_s"},
-    "search": {"trials": 4, "seed": 1},
+    "search": {"trials": 4, "seed": 1, "stop_early": False},
     "trial": {"timeout_s": 30, "hung_after_s": 20},
     "verify": {"top": 0},
     "resources": {"gpus": 0, "cpus": 2},

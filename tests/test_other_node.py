@@ -34,7 +34,7 @@ def can_make_namespaces() -> bool:
 
 
 @pytest.fixture
-def far_address(tmp_path: Path) -> Iterator[str]:
+def far_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A cluster whose only CPUs are on a node that does not see `tmp_path`/results."""
     if not can_make_namespaces():
         pytest.skip("mount namespaces cannot be made here (unshare --mount)")
@@ -46,7 +46,7 @@ def far_address(tmp_path: Path) -> Iterator[str]:
     ) as head:
         assert head.stdout is not None
         address = head.stdout.readline().strip()
-        os.environ["RAY_AUTH_MODE"] = "token"
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
         node = subprocess.Popen(
             [
                 "unshare",
@@ -78,7 +78,6 @@ def far_address(tmp_path: Path) -> Iterator[str]:
             node.kill()  # and, by --kill-child, all that is in its namespace
             node.communicate(timeout=30)
             Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # by which others would join it
-            del os.environ["RAY_AUTH_MODE"]
             head.communicate()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from raytune_autotuner.load.vllm_bench import BenchFailed, measure, require
+from raytune_autotuner.load.vllm_bench import BenchFailed, BenchServe, measure, require
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.records import RequestRecord
 from raytune_autotuner.study.errors import ConfigError
@@ -180,7 +180,7 @@ def test_what_it_reports_as_zero_or_as_a_success_is_a_failed_record(stand_in: An
     [
         ("    sys.exit('no such model')", "exit code 1 and no result: no such model"),
         ("    raise ValueError('bad flag')", "exit code 1 and no result: .*ValueError: bad flag"),
-        ("    pass", "exit code 0 and no result: no output"),
+        ("    pass", "exit code 1 and no result: .*FileNotFoundError"),
         ("    os.kill(os.getpid(), 9)", "exit code -9 and no result"),
     ],
 )
@@ -235,6 +235,31 @@ def test_it_is_ended_when_the_engine_is_gone_and_tells_its_progress(stand_in: An
     with pytest.raises(EngineGone):
         bench(environment, requests(5), check=check, on_progress=lambda *seen: counts.append(seen))
     assert not is_alive(noted_pid(environment))
+
+
+def test_vllm_is_imported_once_for_many_loads(stand_in: Any) -> None:
+    environment = stand_in(
+        ANSWER_ALL + '    open(os.environ["NOTES"], "a").write(f"{os.getpid()} {len(requests)}\\n")\n'
+    )
+    with BenchServe(sys.executable, environment) as process:
+        loads = [
+            process.measure("http://127.0.0.1:1", "m", requests(count), C2, deadline=time.monotonic() + 30)
+            for count in (3, 1, 2)
+        ]
+    assert [len(load.records) for load in loads] == [3, 1, 2]
+    pids, counts = zip(*(line.split() for line in Path(environment["NOTES"]).read_text().splitlines()), strict=True)
+    assert counts == ("3", "1", "2")
+    assert len(set(pids)) == 1
+    assert not is_alive(int(pids[0]))
+
+
+def test_a_load_that_was_ended_does_not_spoil_the_next_one(stand_in: Any) -> None:
+    environment = stand_in("    if requests[0].prompt == 'hang': time.sleep(60)\n" + ANSWER_ALL)
+    hanging = [Request(0, "hang", 1)]
+    with BenchServe(sys.executable, environment) as process:
+        ended = process.measure("http://127.0.0.1:1", "m", hanging, C2, deadline=time.monotonic() + 1)
+        good = process.measure("http://127.0.0.1:1", "m", requests(2), C2, deadline=time.monotonic() + 30)
+    assert (ended.complete, good.complete, len(good.records)) == (False, True, 2)
 
 
 def test_it_ends_with_the_process_that_started_it(stand_in: Any) -> None:

@@ -104,8 +104,9 @@ class VllmEngine:
         return self._shortage({**setting, **verdict.in_force})
 
     def close(self) -> None:
-        """End the process that checks settings."""
-        self._checker.close()
+        """End the process that checks settings, where one was started."""
+        if "_checker" in self.__dict__:
+            self._checker.close()
 
     def defaults(self) -> dict[str, Any]:
         """The values in force at the baseline for parameters of the space, as far as vLLM tells."""

@@ -16,11 +16,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from raytune_autotuner.score.records import RequestRecord
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
 
 _SCRIPT = Path(__file__).with_name("bench_serve.py")
+_OUTPUT = "output"
 _LOOK_S = 0.5
 _POLL_S = 0.05
 _CHECK_TIMEOUT_S = 60
@@ -68,114 +69,177 @@ def measure(
     level: Level,
     *,
     python: str,
-    deadline: float,
     environment: Mapping[str, str] | None = None,
-    on_progress: OnProgress | None = None,
-    check: Callable[[], None] | None = None,
-    keep: list[RequestRecord] | None = None,
+    **options: Unpack[Options],
 ) -> LoadRun:
-    """Have the `bench serve` of `python`'s vLLM send `requests` at `level`; see `client.run` for what is the same.
+    """One load by a `BenchServe` of its own; see there."""
+    with BenchServe(python, environment) as bench:
+        return bench.measure(base_url, model, requests, level, **options)
 
-    `environment` is added to the process's own: the trial's mark belongs there. At the deadline there are no records,
-    because it writes them at its end. Raises `BenchFailed`.
+
+class Options(TypedDict, total=False):
+    """What a load may be given, as `client.run` has it."""
+
+    deadline: Required[float]
+    on_progress: OnProgress | None
+    check: Callable[[], None] | None
+    keep: list[RequestRecord] | None
+
+
+class BenchServe:
+    """The `bench serve` of a Python's vLLM, which is imported by the first load and kept for the next ones.
+
+    `environment` is added to the process's own: a trial's mark belongs there. The process ends with the block, and with
+    the thread that sent the first load.
     """
-    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-        job = _Job(Path(folder), len(requests), on_progress, check)
-        options = _options(base_url, model, level, job.result)
+
+    def __init__(self, python: str, environment: Mapping[str, str] | None = None) -> None:
+        self._python = python
+        self._environment = {**_environment(), **(environment or {})}
+        self._process: subprocess.Popen[str] | None = None
+        self._loads = 0
+
+    def __enter__(self) -> BenchServe:
+        self._temporary = tempfile.TemporaryDirectory(prefix="bench-serve-")
+        self._folder = Path(self._temporary.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self._temporary.cleanup()
+
+    def measure(
+        self,
+        base_url: str,
+        model: str,
+        requests: Sequence[Request],
+        level: Level,
+        **options: Unpack[Options],
+    ) -> LoadRun:
+        """Send `requests` at `level`; what is not said here is as `client.run` has it.
+
+        At the deadline there are no records, because it writes them at its end. Raises `BenchFailed`.
+        """
+        job = _Job(self._folder, self._loads, len(requests), options)
+        self._loads += 1
+        job.write(_options(base_url, model, level, job.written), requests)
         clocks = Clocks.now()
-        with job.running(python, {**_environment(), **(environment or {})}, _question(options, requests)) as process:
-            complete = job.wait(process, deadline)
-        jump_s = clocks.jump_s(Clocks.now())
-        result = _read(job, process.returncode) if complete else None
-    run = _load_run(result, requests, level, job.cpu, jump_s, clocks)
-    if on_progress:
-        on_progress(len(run.records), len(requests), sum(not record.ok for record in run.records))
-    if keep is not None:
-        keep.extend(sorted(run.records, key=lambda record: record.end_s))
-    return run
+        try:
+            result = job.run(self._running())
+        finally:
+            if not job.answered:
+                self._end()  # the load is not to go on
+        run = _load_run(result, requests, level, job.cpu, clocks)
+        job.tell(run)
+        return run
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            with (self._folder / _OUTPUT).open("wb") as output:
+                self._process = subprocess.Popen(
+                    # As text: run as a file, its folder would stand first on the path.
+                    [self._python, "-c", _SCRIPT.read_text(encoding="utf-8"), str(os.getpid())],
+                    cwd=os.sep,
+                    env=self._environment,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    text=True,
+                )
+        return self._process
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing that it started is missed
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 class _Job:
-    """One run of `bench serve`, and what is seen of it from outside."""
+    """One load of a `bench serve` process, and what is seen of it from outside."""
 
-    def __init__(
-        self, folder: Path, total: int, on_progress: OnProgress | None, check: Callable[[], None] | None
-    ) -> None:
-        self.result = folder / "result.json"
-        self.output = folder / "output"
+    def __init__(self, folder: Path, number: int, total: int, options: Options) -> None:
+        self.written = folder / f"written-{number}.json"
         self.cpu: list[tuple[float, float]] = []
         """(monotonic seconds, CPU seconds of the process so far), all along."""
+        self.answered = False
+        self._question = folder / f"question-{number}.json"
+        self._result = folder / f"result-{number}.json"
+        self._output = folder / _OUTPUT
         self._total = total
-        self._on_progress = on_progress
-        self._check = check
+        self._options = options
 
-    @contextmanager
-    def running(
-        self, python: str, environment: Mapping[str, str], question: bytes
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        """The process, which is gone when the block ends."""
-        asked = self.output.with_name("question.json")
-        asked.write_bytes(question)
-        with asked.open("rb") as stdin, self.output.open("wb") as output:
-            process = subprocess.Popen(
-                # As text: run as a file, its folder would stand first on the path.
-                [python, "-c", _SCRIPT.read_text(encoding="utf-8")],
-                cwd=os.sep,
-                env=environment,
-                stdin=stdin,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            try:
-                yield process
-            finally:
-                # Its own session: nothing that it may have started is missed.
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    def write(self, options: list[str], requests: Sequence[Request]) -> None:
+        """Write down what is to be sent."""
+        asked = [[request.prompt, _tokens_in(request), request.tokens_out, request.scheduled_s] for request in requests]
+        job = {"options": options, "requests": asked, "result": str(self._result)}
+        self._question.write_text(json.dumps(job), encoding="utf-8")
 
-    def wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        """Wait for its end, looking twice a second; False where the deadline came first. Raises what `check` raises."""
+    def run(self, process: subprocess.Popen[str]) -> dict[str, Any] | None:
+        """Have it sent, looking twice a second; the result, or None where the deadline came first.
+
+        Raises `BenchFailed` where the process ended, and what the load's `check` raises.
+        """
+        self._said = self._output.stat().st_size
+        with suppress(BrokenPipeError):  # that it has ended is seen below
+            print(self._question, file=process.stdin, flush=True)
         look = 0.0
-        while process.poll() is None:
+        while not self._result.is_file():
+            if process.poll() is not None:
+                raise BenchFailed(self._last_words(process.returncode))
             now = time.monotonic()
-            if now >= deadline:
-                return False
+            if now >= self._options["deadline"]:
+                return None
             self._note_cpu(process.pid)
             if now >= look:
                 look = now + _LOOK_S
                 self._look()
             time.sleep(_POLL_S)
-        return True
+        self._note_cpu(process.pid)
+        self.answered = True
+        result: dict[str, Any] = json.loads(self._result.read_text(encoding="utf-8"))
+        return result
 
-    def tail(self) -> str:
-        """The end of what it wrote."""
-        with self.output.open("rb") as file:
-            file.seek(max(self.output.stat().st_size - _TAIL_BYTES, 0))
-            return file.read().decode(errors="replace")
+    def tell(self, run: LoadRun) -> None:
+        """Tell of the end, and hand on the records."""
+        if on_progress := self._options.get("on_progress"):
+            on_progress(len(run.records), run.requests, sum(not record.ok for record in run.records))
+        keep = self._options.get("keep")
+        if keep is not None:
+            keep.extend(sorted(run.records, key=lambda record: record.end_s))
 
     def _look(self) -> None:
-        if self._on_progress:
+        if on_progress := self._options.get("on_progress"):
             # Its bar is the one thing that tells how many requests have ended, failed ones among them.
-            bars = re.findall(rf"(\d+)/{self._total} \[", self.tail())
-            self._on_progress(int(bars[-1]) if bars else 0, self._total, 0)
-        if self._check:
-            self._check()
+            bars = re.findall(rf"(\d+)/{self._total} \[", self._tail())
+            on_progress(int(bars[-1]) if bars else 0, self._total, 0)
+        if check := self._options.get("check"):
+            check()
 
     def _note_cpu(self, pid: int) -> None:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         ticks = int(fields[11]) + int(fields[12])
         self.cpu.append((time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")))
 
+    def _tail(self) -> str:
+        """The end of what it wrote in this load."""
+        with self._output.open("rb") as file:
+            file.seek(max(self._output.stat().st_size - _TAIL_BYTES, self._said))
+            return file.read().decode(errors="replace")
+
+    def _last_words(self, exit_code: int) -> str:
+        lines = [line.strip() for line in self._tail().splitlines() if line.strip()]
+        said = " / ".join(lines[-3:]) or "no output"
+        return f"vLLM's bench serve ended with exit code {exit_code} and no result: {said}"
+
 
 def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.lower() not in _NOT_PASSED} | _ADDED
-
-
-def _question(options: list[str], requests: Sequence[Request]) -> bytes:
-    asked = [[request.prompt, _tokens_in(request), request.tokens_out, request.scheduled_s] for request in requests]
-    return json.dumps({"parent": os.getpid(), "options": options, "requests": asked}).encode()
 
 
 def _tokens_in(request: Request) -> int:
@@ -199,23 +263,14 @@ def _options(base_url: str, model: str, level: Level, result: Path) -> list[str]
     ]
 
 
-def _read(job: _Job, exit_code: int) -> dict[str, Any]:
-    if exit_code == 0 and job.result.is_file():
-        result: dict[str, Any] = json.loads(job.result.read_text(encoding="utf-8"))
-        return result
-    lines = [line.strip() for line in job.tail().splitlines() if line.strip()]
-    said = " / ".join(lines[-3:]) or "no output"
-    raise BenchFailed(f"vLLM's bench serve ended with exit code {exit_code} and no result: {said}")
-
-
 def _load_run(
     result: Mapping[str, Any] | None,
     requests: Sequence[Request],
     level: Level,
     cpu: Sequence[tuple[float, float]],
-    jump_s: float,
     clocks: Clocks,
 ) -> LoadRun:
+    jump_s = clocks.jump_s(Clocks.now())
     if result is None:
         return LoadRun((), len(requests), False, clocks.wall_s, 0.0, clock_jump_s=jump_s)
     start = _start(result["start_times"], requests)

@@ -190,6 +190,11 @@ def format_value(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def setting_key(params: Params) -> str:
+    """The same text for the same setting, whatever the order of its parameters."""
+    return json.dumps(params, sort_keys=True, default=str)
+
+
 def parse_space(raw: Mapping[str, Any], constraints: Sequence[str] = ()) -> SearchSpace:
     """The search space of a study file's `search_space:` and `constraints:`; raises `ConfigError`."""
     return SearchSpace(

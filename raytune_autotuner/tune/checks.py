@@ -6,10 +6,12 @@ The engine's own checks are its `preflight`; what does not fit on the cluster, t
 from __future__ import annotations
 
 import difflib
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from raytune_autotuner.load import vllm_bench
 from raytune_autotuner.load.workload import check_traffic, levels
 from raytune_autotuner.score.metrics import (
     AGAINST_BASELINE,
@@ -55,6 +57,8 @@ def check_study(study: Study, results: Path) -> None:
     check_traffic(study.workload)
     _check_space(study)
     make_sampler(study, concurrency=1)
+    if study.workload.client == "vllm-bench":
+        vllm_bench.require(str(study.engine.python or sys.executable))
     _check_writable(results)
 
 

@@ -6,6 +6,7 @@ Knows neither Ray nor Optuna: a trial can be run and debugged by hand. Everythin
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import traceback
@@ -14,13 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from raytune_autotuner.engine.contract import Engine, Launch
-from raytune_autotuner.engine.processes import free_cores, free_port, make_mark
+from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
 from raytune_autotuner.engine.server import EngineServer
-from raytune_autotuner.load import client, quality
+from raytune_autotuner.load import client, quality, vllm_bench
 from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
@@ -255,7 +257,7 @@ class Evaluation:
 
         kept: list[RequestRecord] = []
         try:
-            load = client.measure(
+            load = self._client(phase)(
                 server.base_url,
                 self.engine.served_model,
                 requests,
@@ -265,11 +267,22 @@ class Evaluation:
                 check=server.check,
                 keep=kept,
             )
+        except vllm_bench.BenchFailed as error:
+            self._await_death(server)
+            self._fail(Kind.UNKNOWN, str(error), "Take workload.client: builtin, or see load.log.", Blame.ENVIRONMENT)
         finally:
             self._records.extend(kept)
         server.check()
         self._judge(load, server)
         return load.duration_s
+
+    def _client(self, phase: Phase) -> Callable[..., client.LoadRun]:
+        """Who sends a load; a warm-up is always the built-in client's, since the other takes 15 s to import."""
+        if phase == "warmup" or self.study.workload.client == "builtin":
+            return client.measure
+        python = str(self.study.engine.python or sys.executable)
+        mark = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id)}
+        return partial(vllm_bench.measure, python=python, environment=mark)
 
     def _judge(self, load: client.LoadRun, server: EngineServer) -> None:
         """Raise `TrialFailed` where a load cannot count as a measurement."""

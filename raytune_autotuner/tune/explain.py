@@ -5,6 +5,7 @@ The engine's own checks are asked; figures of time come from earlier runs of the
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import format_duration
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.study.failure import Failure
-from raytune_autotuner.study.space import Params
+from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.checks import check_study
@@ -86,7 +87,7 @@ def explain(study: Study, results: Path) -> Explanation:
     finally:
         engine.close()
     trials, restarts = study.search.trials, (study.verify.top + 1) * study.verify.restarts if study.verify.top else 0
-    at_most_s = (trials + restarts) * study.trial.timeout_s / slots
+    at_most_s = (math.ceil(trials / slots) + math.ceil(restarts / slots)) * study.trial.timeout_s
     if study.search.time_budget is not None:
         at_most_s = min(at_most_s, study.search.time_budget + study.trial.timeout_s)
     median_s = _median_trial_s(study, results)
@@ -116,9 +117,9 @@ def this_machine() -> Cluster:
 
 def _first(study: Study, engine: Engine) -> tuple[Suggestion, ...]:
     """The baseline, the study's own points, and what its sampler would suggest before it has measured anything."""
-    fixed = [{}, *study.search.points][:SUGGESTIONS]
-    drawn = _draw(study, make_sampler(study, 1)[0], SUGGESTIONS - len(fixed))
-    return tuple(Suggestion(params, _why(study, engine, params)) for params in [*fixed, *drawn])
+    found = [{}, *study.search.points, *_draw(study, make_sampler(study, 1)[0], SUGGESTIONS)]
+    each_once = {setting_key(params): params for params in found}.values()  # a small space has no ten
+    return tuple(Suggestion(params, _why(study, engine, params)) for params in [*each_once][:SUGGESTIONS])
 
 
 def _refusals(study: Study, engine: Engine, count: int) -> dict[str, int]:

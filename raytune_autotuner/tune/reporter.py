@@ -6,7 +6,6 @@ results folder take them from here. Knows neither Ray's nor Optuna's objects.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from raytune_autotuner.score.objective import assess
 from raytune_autotuner.score.quality import Quality
 from raytune_autotuner.score.slo import NO_SLO_VALUE
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
-from raytune_autotuner.study.space import Params
+from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.resume import SUGGESTION
@@ -120,7 +119,7 @@ class TrialReporter:
 
     def known(self, filled: Params) -> TrialRow | None:
         """The trial that measures, has measured or graded the same setting, defaults filled in."""
-        key = _key(filled)
+        key = setting_key(filled)
         rows = [row for row in self.searched if self._keys[row.trial_id] == key]
         return next((row for row in rows if row.state.teaches or not row.state.finished), None)
 
@@ -130,7 +129,7 @@ class TrialReporter:
         Numbers are without gaps, so they are not Optuna's: it also counts suggestions that were never started.
         """
         row = TrialRow(len(self._rows), trial_id, params=dict(params), **{"name": "", **more})
-        self._keys[trial_id] = _key(filled)
+        self._keys[trial_id] = setting_key(filled)
         trial_dir = self._folder.trial_dir(row.number, trial_id)
         trial_dir.mkdir(parents=True, exist_ok=True)
         write_json(trial_dir / SUGGESTION, row.to_dict())
@@ -140,7 +139,7 @@ class TrialReporter:
     def restore(self, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
         """Take over the trials of an interrupted run; returns those whose settings are to be run again."""
         for row in rows:
-            self._keys[row.trial_id] = _key({**defaults, **row.params})
+            self._keys[row.trial_id] = setting_key({**defaults, **row.params})
             self._rows[row.trial_id] = row
             if not row.state.finished:
                 left = row.result.metrics or row.result.failure
@@ -264,7 +263,3 @@ def _never_began(blame: Blame) -> Failure:
     evidence = "the trial's actor could not be started"
     remedy = "Ray's own words are in the trial's error.txt: mostly a node without this package or its dependencies."
     return Failure(Stage.ARGUMENTS, Kind.WORKER_LOST, blame, evidence, remedy)
-
-
-def _key(values: Params) -> str:
-    return json.dumps(values, sort_keys=True, default=str)

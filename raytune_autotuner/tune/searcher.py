@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raytune_autotuner.study.failure import Failure
-from raytune_autotuner.study.space import Params
+from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
@@ -68,6 +68,7 @@ class StudySearch(OptunaSearch):
         self._refuse = refuse
         self._on_refused = on_refused
         self._refused: set[str] = set()
+        self._last_refusal = ": all settings are tried"
         super().__init__(
             space=lambda trial: None,
             # One name for all: Ray only looks whether results have it. The modes are the Optuna study's directions.
@@ -96,9 +97,7 @@ class StudySearch(OptunaSearch):
             return None
         ot_trial, params = self._ask()
         if ot_trial is None:
-            self._reporter.end_search(
-                f"{MAX_REFUSALS} suggestions in a row were refused or known: all settings are tried"
-            )
+            self._reporter.end_search(f"{MAX_REFUSALS} suggestions in a row were refused or known{self._last_refusal}")
             return self._verification(trial_id)
         self._ot_trials[trial_id] = ot_trial
         name, retry_of = ot_trial.user_attrs.get("name", ""), ot_trial.user_attrs.get("retry_of")
@@ -231,7 +230,8 @@ class StudySearch(OptunaSearch):
         broken = self._study.space.violated(params, self._study.fixed)
         refused = self._refuse(params) if broken is None else f"breaks `{broken.text}`"
         if refused is not None:
-            self._refused.add(_key(params))
+            self._refused.add(setting_key(params))
+            self._last_refusal = f"; the last refusal: {refused}"
             self._on_refused(params, str(refused))
         return refused
 
@@ -249,7 +249,7 @@ class StudySearch(OptunaSearch):
         return None, {}
 
     def _is_spent(self, params: Params) -> bool:
-        return self._known(params) is not None or _key(params) in self._refused
+        return self._known(params) is not None or setting_key(params) in self._refused
 
     def _known(self, params: Params) -> TrialRow | None:
         return self._reporter.known({**self._defaults, **params})
@@ -261,7 +261,3 @@ class StudySearch(OptunaSearch):
         placed = replace(space, parameters=tuple(p for p in space.parameters if p.name in given))
         suggest(ot_trial, placed, self._study.fixed)
         return dict(ot_trial.user_attrs["params"])
-
-
-def _key(params: Params) -> str:
-    return json.dumps(params, sort_keys=True, default=str)
