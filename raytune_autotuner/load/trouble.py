@@ -21,7 +21,7 @@ MAX_LAG_SHARE = 0.5
 """Of the median gap between tokens: where one look at the sockets in ten comes later than that, the gaps and the times
 to a first token at p90 and above are made by the client."""
 MIN_LAG_MS = 10.0
-"""Less than that the machine's scheduler does by itself; where gaps are so short that it counts, CPU share tells."""
+"""What the scheduler of a machine does by itself that is busy, but not too busy (measured: docs/measuring.md)."""
 MIN_LOOKS = 20
 """A second of load; fewer looks say nothing about one in ten."""
 MAX_CLOCK_JUMP_S = 0.5

@@ -13,9 +13,8 @@ import traceback
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -98,6 +97,7 @@ class Evaluation:
         self._quality: Metrics = {}
         self._answers: tuple[str, ...] = ()
         self._refined: float | None = None
+        self._bench: vllm_bench.BenchServe | None = None
         self.values: dict[str, list[float]] = defaultdict(list)
         failure = None
         try:
@@ -117,7 +117,7 @@ class Evaluation:
         return result
 
     def _measure(self) -> Generator[Metrics, None, None]:
-        with free_port() as port, free_cores(self.cores) as cores:
+        with free_port() as port, free_cores(self.cores) as cores, ExitStack() as self._until_the_end:
             launch = self.engine.launch(self.params, port)
             self._describe(launch, cores)
             server = self._server(launch, port, cores)
@@ -129,6 +129,7 @@ class Evaluation:
                 yield from self._loads(server)
                 self.on_measured()
             finally:
+                self._until_the_end.close()
                 with self._timed("stop"):
                     # vLLM ignores SIGTERM while it starts, so there is nothing to wait for before it is ready.
                     server.stop(None if self.stage.order >= Stage.READY.order else IMPATIENT_S)
@@ -280,9 +281,11 @@ class Evaluation:
         """Who sends a load; a warm-up is always the built-in client's, since the other takes 15 s to import."""
         if phase == "warmup" or self.study.workload.client == "builtin":
             return client.measure
-        python = str(self.study.engine.python or sys.executable)
-        mark = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id)}
-        return partial(vllm_bench.measure, python=python, environment=mark)
+        if self._bench is None:
+            python = str(self.study.engine.python or sys.executable)
+            mark = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id)}
+            self._bench = self._until_the_end.enter_context(vllm_bench.BenchServe(python, mark))
+        return self._bench.measure
 
     def _judge(self, load: client.LoadRun, server: EngineServer) -> None:
         """Raise `TrialFailed` where a load cannot count as a measurement."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,10 +80,10 @@ def explain(study: Study, results: Path) -> Explanation:
     """Explain `study`; raises `ConfigError` for whatever would keep it from being run here."""
     check_study(study, results)
     engine = make_engine(study)
-    engine.preflight()
     cluster = this_machine()
-    slots = cluster.slots(study, engine)
     try:
+        engine.preflight()
+        slots = cluster.slots(study, engine)
         refused = _refusals(study, engine, SAMPLED)
         first = _first(study, engine)
     finally:
@@ -123,11 +125,14 @@ def _first(study: Study, engine: Engine) -> tuple[Suggestion, ...]:
 
 
 def _refusals(study: Study, engine: Engine, count: int) -> dict[str, int]:
-    reasons: dict[str, int] = {}
+    """Reasons that differ in their numbers only are one: the first stands for all."""
+    counts, examples = Counter[str](), dict[str, str]()
     for params in _draw(study, optuna.samplers.RandomSampler(seed=study.search.seed), count):
         if (why := _why(study, engine, params)) is not None:
-            reasons[why] = reasons.get(why, 0) + 1
-    return dict(sorted(reasons.items(), key=lambda reason: -reason[1]))
+            alike = re.sub(r"\d+", "#", why)
+            counts[alike] += 1
+            examples.setdefault(alike, why)
+    return {examples[alike]: refused for alike, refused in counts.most_common()}
 
 
 def _draw(study: Study, sampler: optuna.samplers.BaseSampler, count: int) -> list[dict[str, Any]]:

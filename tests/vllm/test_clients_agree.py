@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,14 @@ from raytune_autotuner.study.study import Study, parse_study
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-RUNS = 3
-T_999 = 8.61
-"""Student's t at 99.9 % for twice three runs: six comparisons together are wrong in fewer than one test in 150."""
+RUNS = 6
+T_999 = 4.59
+"""Student's t at 99.9 % for twice six runs: six comparisons together are wrong in fewer than one test in 150."""
+TOO_NOISY = 0.3
+"""Where clients may differ in throughput by more than this share, the machine is too busy to tell anything."""
 LEAST = 0.03
 """Below this share of the value, no difference between clients is of interest."""
 COMPARED = ("output_throughput_tok_s", "ttft_ms_mean", "tpot_ms_mean", "itl_ms_mean", "e2el_ms_mean", "goodput_rps")
-CLIENTS: dict[str, Callable[..., LoadRun]] = {
-    "ours": client.measure,
-    "bench serve": partial(vllm_bench.measure, python=sys.executable),
-}
 STUDY = parse_study(
     {
         "study": "clients-agree",
@@ -48,7 +45,7 @@ STUDY = parse_study(
             "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
         },
         "search_space": {"max-num-seqs": {"int": [1, 64]}},
-        "workload": {"traffic": "U(24,40)/(8,24)", "concurrency": 8, "requests": 32},
+        "workload": {"traffic": "U(24,40)/(8,24)", "concurrency": 8, "requests": 24},
     }
 )
 
@@ -78,13 +75,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, lis
     (level,) = levels(STUDY.workload)
     requests = generate(STUDY.workload, level)
     for url, model in serving(STUDY, tmp_path_factory.mktemp("served")):
-        client.measure(url, model, generate(STUDY.workload, level, phase="warmup"), level, deadline=_in(60))
-        loads: dict[str, list[LoadRun]] = {name: [] for name in CLIENTS}
-        for number in range(RUNS):
-            for name in sorted(CLIENTS, reverse=number % 2 == 1):
-                _reset_prefix_cache(url)
-                loads[name].append(CLIENTS[name](url, model, requests, level, deadline=_in(120)))
-        yield loads
+        with vllm_bench.BenchServe(sys.executable) as bench:
+            clients: dict[str, Callable[..., LoadRun]] = {"ours": client.measure, "bench serve": bench.measure}
+            loads: dict[str, list[LoadRun]] = {name: [] for name in clients}
+            for send in clients.values():
+                send(url, model, generate(STUDY.workload, level, phase="warmup"), level, deadline=_in(120))
+            for number in range(RUNS):
+                for name in sorted(clients, reverse=number % 2 == 1):
+                    _reset_prefix_cache(url)
+                    loads[name].append(clients[name](url, model, requests, level, deadline=_in(60)))
+            yield loads
 
 
 def _reset_prefix_cache(url: str) -> None:
@@ -97,7 +97,7 @@ def _in(seconds: float) -> float:
 
 def test_both_send_the_same_and_all_of_it_is_answered(measured: dict[str, list[LoadRun]]) -> None:
     for ours, theirs in zip(measured["ours"], measured["bench serve"], strict=True):
-        assert [record.error for record in (*ours.records, *theirs.records)] == [None] * 64
+        assert [record.error for record in (*ours.records, *theirs.records)] == [None] * 48
         assert ours.trouble is None
         assert theirs.trouble is None
         assert _counts(ours) == _counts(theirs)
@@ -109,25 +109,26 @@ def _counts(load: LoadRun) -> list[Any]:
 
 def test_both_say_the_same_within_what_each_says_of_itself(measured: dict[str, list[LoadRun]]) -> None:
     first = summarize(measured["ours"][0].records, measured["ours"][0].duration_s)
-    # A limit that half of the requests keep, so that goodput has something to count.
-    slo = {"e2el_ms": {"p90": first["e2el_ms_p50"]}}
+    # A limit that most requests keep, and not all: goodput has something to count.
+    slo = {"e2el_ms": {"p90": first["e2el_ms_p90"]}}
     metrics = {
         name: [summarize(load.records, load.duration_s, slo) for load in loads] for name, loads in measured.items()
     }
     print("\n\n| metric | ours | bench serve | difference | may differ by |\n|---|--:|--:|--:|--:|")
     apart = {name: _compare(name, *([run[name] for run in runs] for runs in metrics.values())) for name in COMPARED}
-    assert not {name: text for name, (is_apart, text) in apart.items() if is_apart}
+    if apart["output_throughput_tok_s"][1] > TOO_NOISY:
+        pytest.skip("this machine is too busy: the loads of one client differ too much among themselves")
+    assert not [name for name, (difference, allowed) in apart.items() if abs(difference) > allowed]
 
 
-def _compare(name: str, ours: list[float], theirs: list[float]) -> tuple[bool, str]:
-    """Whether the two differ more than runs of one client do, and the row that shows it."""
+def _compare(name: str, ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """(by which share the two differ, by how much they may for what runs of one client differ); prints a row."""
     middle = statistics.mean(ours)
-    difference = statistics.mean(theirs) - middle
-    error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / RUNS)
-    allowed = max(T_999 * error, LEAST * middle)
-    row = f"| `{name}` | {_shown(ours)} | {_shown(theirs)} | {difference / middle:+.1%} | {allowed / middle:.1%} |"
-    print(row)
-    return abs(difference) > allowed, row
+    difference = statistics.mean(theirs) / middle - 1
+    error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / RUNS) / middle
+    allowed = max(T_999 * error, LEAST)
+    print(f"| `{name}` | {_shown(ours)} | {_shown(theirs)} | {difference:+.1%} | {allowed:.1%} |")
+    return difference, allowed
 
 
 def _shown(values: list[float]) -> str:
