@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m raytune_autotuner"
+_FORMS = ("vllm", "yaml", "docker", "compose", "k8s")
 _EPILOG = """\
 exit codes:
   0    done
@@ -154,7 +155,52 @@ def _clean(arguments: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS = {"run": _run, "check": _check, "logs": _logs, "status": _status, "diagnose": _diagnose, "clean": _clean}
+def _report(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.report.html.page import write_report
+    from raytune_autotuner.report.results import ResultsFolder
+
+    print(write_report(ResultsFolder.open(arguments.results)))
+    return OK
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from raytune_autotuner.report.compare import compare, terminal_table, write_comparison
+    from raytune_autotuner.report.results import ResultsFolder
+
+    comparison = compare([ResultsFolder.open(path) for path in arguments.results])
+    if arguments.output is not None:
+        write_comparison(comparison, arguments.output)
+    if arguments.json:
+        print(json.dumps(comparison.to_dict()))
+    else:
+        Console(markup=False, highlight=False).print(terminal_table(comparison))
+    return OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.engine.flags import arguments as as_flags
+    from raytune_autotuner.report.export import export
+    from raytune_autotuner.report.results import ResultsFolder
+
+    folder = ResultsFolder.open(arguments.results)
+    options = {"number": arguments.trial, "image": arguments.image}
+    print(export(folder, arguments.format, as_flags=as_flags, **options), end="")
+    return OK
+
+
+_COMMANDS = {
+    "run": _run,
+    "check": _check,
+    "logs": _logs,
+    "status": _status,
+    "report": _report,
+    "compare": _compare,
+    "export": _export,
+    "diagnose": _diagnose,
+    "clean": _clean,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -186,6 +232,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_logs(commands.add_parser("logs", help="read the logs of a study or of one trial"))
     status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
     status.add_argument("results", type=Path, metavar="RESULTS")
+    report = commands.add_parser("report", help="write report.html again, also for a study that runs or was killed")
+    report.add_argument("results", type=Path, metavar="RESULTS")
+    _add_compare(commands.add_parser("compare", help="several studies side by side: what differs, what each came to"))
+    _add_export(commands.add_parser("export", help="the winner, or any trial, for where it is served"))
     diagnose = commands.add_parser("diagnose", help="why an engine failed, read from its log")
     diagnose.add_argument("log", type=Path, metavar="ENGINE_LOG", help="a file, or - for standard input")
     diagnose.add_argument("--exit-code", type=int, help="of the engine, negative or above 128 for a signal")
@@ -208,6 +258,20 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")
     run.add_argument("--resume", action="store_true", help="go on with the study's newest unfinished run")
     run.add_argument("-v", "--verbose", action="store_true")
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
+    compare.add_argument("--output", type=Path, metavar="FILE", help="write a page with charts, too")
+    compare.add_argument("--json", action="store_true")
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("results", type=Path, metavar="RESULTS")
+    export.add_argument("--trial", type=int, metavar="N", help="another setting than the winner")
+    form = "launch line, vLLM's --config file, docker run, Compose file, Kubernetes Deployment and Service"
+    export.add_argument("--format", choices=_FORMS, default="vllm", help=form)
+    export.add_argument("--image", metavar="NAME:TAG", help="container image; default: vLLM's own, as was measured")
 
 
 def _add_logs(logs: argparse.ArgumentParser) -> None:

@@ -314,6 +314,7 @@ def _next_steps(info: StudyInfo) -> list[str]:
     folder = _shell_path(info.folder)
     return [
         f"  results       {info.folder}",
+        f"  report        {_shell_path(info.folder / 'report.html')}",
         f"  one trial     python -m raytune_autotuner logs {folder} 0 --engine",
         f"  TensorBoard   tensorboard --logdir {folder}",
         f"  search table  optuna-dashboard {_shell_path(info.folder / 'optuna.log')}",

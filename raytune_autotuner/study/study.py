@@ -267,8 +267,8 @@ class QualitySpec(_Model):
 
     max_perplexity_rise: Share = 0.02
     """Largest rise of the perplexity of a fixed text, as a share of the baseline's."""
-    max_answer_change: Share = 0.5
-    """Largest share of greedy answers' text that differs from the baseline's."""
+    max_answer_change: Share = 0.2
+    """Largest share of words at which greedy answers may part from the baseline's; see `score.quality`."""
 
 
 class VerifySpec(_Model):

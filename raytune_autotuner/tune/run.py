@@ -28,6 +28,7 @@ from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.events import Events
+from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
@@ -219,6 +220,7 @@ class _Run:
         write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
         self.board.close()
         self.watcher.finished(Ending(answer, rows, lines, self.reporter.interrupted, self.reporter.ending))
+        write_report(self.folder)
         self.log.close()
         if self.reporter.interrupted:
             return INTERRUPTED

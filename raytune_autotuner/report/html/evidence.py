@@ -1,0 +1,134 @@
+"""What a report rests on: everything that a results folder holds, read once.
+
+Also of a study that runs or was killed. What is missing is empty, never made up; secrets are masked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raytune_autotuner.report.finalists import Contender, contenders
+from raytune_autotuner.report.masking import mask_values
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.status import StudyStatus, format_duration, read_status
+from raytune_autotuner.report.verdict import Verdict, baseline_of, study_verdict
+from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.trial import TrialRow
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One study as its folder tells it."""
+
+    folder: ResultsFolder
+    study: Study
+    rows: tuple[TrialRow, ...]
+    """By number."""
+    versions: Mapping[str, Any]
+    status: StudyStatus | None
+    answer: Verdict
+    written: Mapping[str, Any] | None
+    """`verdict.json` of a study that has ended: it knew the engine's defaults, which `answer` does not."""
+
+    @cached_property
+    def searched(self) -> list[TrialRow]:
+        """The trials of the search."""
+        return [row for row in self.rows if row.verifies is None]
+
+    @cached_property
+    def contenders(self) -> list[Contender]:
+        """What was measured again, the defaults first."""
+        return contenders(self.rows, self.study.objective.targets)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        return str(self.written["sentence"]) if self.written else self.answer.sentence
+
+    @property
+    def warning(self) -> str | None:
+        """That the machine is too noisy to decide."""
+        return self.written["warning"] if self.written else self.answer.warning
+
+    @property
+    def gain(self) -> float | None:
+        """As a share of the baseline's score; positive is better."""
+        return self.written["gain"] if self.written else self.answer.gain
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the gain."""
+        if self.written is None:
+            return self.answer.interval
+        found = self.written["interval"]
+        return None if found is None else (found[0], found[1])
+
+    @cached_property
+    def winner(self) -> TrialRow | None:
+        """The setting to run; the baseline's row where nothing beats it."""
+        if self.written is None:
+            return self.answer.winner
+        return next((row for row in self.rows if row.number == self.written["winner"]), None)
+
+    @cached_property
+    def baseline(self) -> TrialRow | None:
+        """The engine's defaults with the fixed arguments."""
+        return baseline_of(self.rows)
+
+    @property
+    def standing(self) -> str:
+        """`running`, `finished`, `interrupted`, `killed` or `not started`."""
+        if self.status is None:
+            return "not started"
+        if self.status.phase == "running" and not self.status.driver_alive:
+            return "killed"
+        return str(self.status.phase)
+
+    @property
+    def elapsed(self) -> str:
+        """For how long the study ran, for people; empty where nobody knows."""
+        return "" if self.status is None else format_duration(self.status.elapsed_s)
+
+    def trial_dir(self, row: TrialRow) -> Path:
+        """The trial's folder, which need not be there."""
+        return self.folder.trial_dir(row.number, row.trial_id)
+
+    def command(self, row: TrialRow) -> Mapping[str, Any]:
+        """How the trial's engine was started (`command.json`); empty where that was not written."""
+        return _read_json(self.trial_dir(row) / "command.json")
+
+
+def gather(folder: ResultsFolder) -> Evidence:
+    """Read the whole folder; raises `ConfigError` where its study file is broken."""
+    study, status = folder.load_study(), read_status(folder)
+    rows = tuple(TrialRow.from_dict(mask_values(row.to_dict())) for row in folder.read_rows())
+    over = status is not None and status.phase != "running"
+    return Evidence(
+        folder,
+        study,
+        rows,
+        _read_json(folder.versions_file),
+        status,
+        study_verdict(study, rows),
+        folder.read_verdict() if over else None,
+    )
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric, at whatever load level; empty for a bare number."""
+    known = METRICS.get(metric.partition("@")[0])
+    return "" if known is None or known.unit == "1" else known.unit
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return dict(mask_values(found)) if isinstance(found, dict) else {}
