@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from raytune_autotuner.engine.contract import Engine, Launch
+from raytune_autotuner.engine.gpus import EnergyMeter
 from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.load import client, quality, vllm_bench
@@ -29,7 +30,7 @@ from raytune_autotuner.load.workload import Level, generate, levels
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import write_json, write_result
 from raytune_autotuner.score import slo
-from raytune_autotuner.score.metrics import summarize
+from raytune_autotuner.score.metrics import energy_metrics, summarize
 from raytune_autotuner.score.objective import trial_metrics
 from raytune_autotuner.score.quality import Quality, judge, loss
 from raytune_autotuner.score.records import Phase, RequestRecord, duration_s
@@ -93,6 +94,7 @@ class Evaluation:
         self._load_log = LogWriter(self.workdir / "load.log")
         self._records: list[RequestRecord] = []
         self._durations: dict[str, float] = defaultdict(float)
+        self._joules: dict[str, list[float | None]] = defaultdict(list)
         self._watched: dict[tuple[str, int], tuple[Sample, ...]] = {}
         self._quality: Metrics = {}
         self._answers: tuple[str, ...] = ()
@@ -226,8 +228,10 @@ class Evaluation:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
         with self._timed("load"):
             self._reset_prefix_cache(server)
+            energy = EnergyMeter(self.gpus)
             with EngineWatch(server.base_url) as watch:
                 self._durations[level.label] += self._send(server, level, number, "measure", done, of)
+            self._joules[level.label].append(energy.joules)
         self._watched[level.label, number] = watch.series
         self._note_value(level, number)
         metrics = self._metrics()
@@ -338,7 +342,10 @@ class Evaluation:
     def _level_metrics(self, label: str) -> Metrics:
         records = [record for record in self._records if record.phase == "measure" and record.level == label]
         watched = [series for (level, _), series in self._watched.items() if level == label]
-        return summarize(records, self._durations[label], self.study.objective.slo) | summarize_engine(watched)
+        metrics = summarize(records, self._durations[label], self.study.objective.slo)
+        joules = [spent for spent in self._joules[label] if spent is not None]
+        all_of_it = sum(joules) if len(joules) == len(self._joules[label]) else None
+        return metrics | energy_metrics(all_of_it, metrics["tokens_out"]) | summarize_engine(watched)
 
     def _meets(self, level: Level) -> bool:
         return slo.meets(self._level_metrics(level.label), self.study.objective)

@@ -18,7 +18,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, SearchSpace
@@ -31,6 +32,8 @@ MAX_GRID = 100_000
 """Settings that a grid may have; more are a mistake, as no study measures them."""
 MAX_STARTUP = 10
 MAX_POPULATION = 50
+_DRAWS = 20
+"""Tries to draw another value than the one there is."""
 _GP_NEEDS = ("torch", "scipy")
 
 
@@ -92,6 +95,40 @@ def unmeasured(space: SearchSpace, fixed: Params, known: Callable[[Params], bool
     return random.Random(seed).choice(left) if left else None
 
 
+class StepByStepTPE(TPESampler):
+    """TPE whose start, as soon as something has worked, is one step from the best setting and not anywhere.
+
+    A step draws one parameter anew. Where most settings fail, one that differs from a working one in one parameter
+    mostly works, and says what that parameter is worth: docs/search.md has the comparison.
+    """
+
+    def __init__(self, *, seed: int, n_startup_trials: int, **options: Any) -> None:
+        super().__init__(seed=seed, n_startup_trials=n_startup_trials, **options)
+        self._startup = n_startup_trials
+        self._steps = RandomSampler(seed=seed)
+        self._source = random.Random(seed)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The values of the parameters in `search_space`; none of them before something has worked."""
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        best = _best(study, ended) if search_space and len(ended) < self._startup else None
+        if best is None:
+            return super().sample_relative(study, trial, search_space)
+        name, values = self._source.choice([*search_space]), best.params
+        drawn = (self._steps.sample_independent(study, trial, name, search_space[name]) for _ in range(_DRAWS))
+        step = next((value for value in drawn if value != values.get(name)), values.get(name))
+        return {**{known: values[known] for known in search_space if known in values}, name: step}
+
+
+def _best(ot_study: optuna.Study, ended: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The best feasible one of the measured trials; with several objectives the best by the first."""
+    worked = [t for t in ended if "values" in t.user_attrs and all(v <= 0 for v in t.constraints.values())]
+    pick = max if ot_study.directions[0] is StudyDirection.MAXIMIZE else min
+    return pick(worked, key=lambda one: one.values[0], default=None)
+
+
 class Grid(BaseSampler):
     """Every setting of the space once, in an order shuffled by the seed; points that were queued count as visited.
 
@@ -148,7 +185,7 @@ def _auto(study: Study, concurrency: int, seed: int) -> tuple[BaseSampler, str]:
         return _grid(study), f"grid: {trials} trials reach all {size:.0f} settings of the space"
     startup = startup_trials(trials)
     grouped = ", grouped by condition" if study.space.conditional else ""
-    reason = f"tpe{grouped}: {trials} trials of {_count(size)} settings, the first {startup} of them at random"
+    reason = f"tpe{grouped}: {trials} trials of {_count(size)} settings, the first {startup} of them at random or a step from what works"
     return _tpe(study, concurrency, seed), f"{reason}{_why_not_nsga2(study)}"
 
 
@@ -165,7 +202,7 @@ def _count(size: float) -> str:
 def _tpe(study: Study, concurrency: int, seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # `group` is the only way for conditional spaces
-        return TPESampler(
+        return StepByStepTPE(
             seed=seed,
             multivariate=True,
             group=study.space.conditional,
