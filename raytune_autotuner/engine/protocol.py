@@ -133,6 +133,8 @@ class Aftermath:
         for gpu, (before, after) in self.gpu_mib.items():
             verdict = "does not come back: SET ASIDE" if gpu in self.held_gpus else "is back"
             parts.append(f"GPU {gpu} {verdict} ({before} MiB before, {after} MiB now)")
+        silent = [gpu for gpu in self.held_gpus if gpu not in self.gpu_mib]
+        parts += [f"GPU {gpu} does not answer any more: SET ASIDE" for gpu in silent]
         return "; ".join(parts)
 
 

@@ -71,7 +71,9 @@ def engine_environment(launch: Launch, mark: str, base: Mapping[str, str] | None
     inherited = {k: v for k, v in base.items() if not k.startswith("RAY_") and k not in dropped}
     # SPT_NOENV keeps setproctitle, by which vLLM names its processes, from overwriting the mark in /proc.
     ours = {MARK_VARIABLE: mark, "SPT_NOENV": "1"}
-    return {**inherited, "PYTHONUNBUFFERED": "1", **launch.env, **ours}
+    # NVML counts GPUs in the order of the PCI bus, and so does Ray; CUDA by itself begins with the fastest.
+    usual = {"PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return {**usual, **inherited, **launch.env, **ours}
 
 
 def _raylet() -> Process | None:

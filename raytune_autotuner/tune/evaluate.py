@@ -173,7 +173,8 @@ class Evaluation:
             self._out_of_time()
         except quality.QualityUnknown as error:
             blame = Blame.PARAMETERS if self.reference else Blame.STUDY
-            self._fail(Kind.QUALITY_LOSS, str(error), "Leave quality out of the study, or this setting.", blame)
+            self._await_death(server)  # an engine that died while it was asked has a cause of its own
+            self._fail(Kind.BAD_RESPONSES, str(error), "Leave quality out of the study, or this setting.", blame)
         self._quality["perplexity"] = found.perplexity
         if self.reference is None:
             self._answers = found.answers
@@ -254,8 +255,12 @@ class Evaluation:
         requests = generate(self.study.workload, level, number, phase, seed_offset=offset)
         stage = Stage.WARMUP if phase == "warmup" else Stage.LOAD
 
+        answered = 0
+
         def progress(finished: int, total: int, failed: int) -> None:
-            self._moved(stage, (done + finished / max(total, 1)) / of, always=finished > 0)
+            nonlocal answered
+            self._moved(stage, (done + finished / max(total, 1)) / of, always=finished > answered)
+            answered = finished
             self._load_log.write(
                 stage, f"{level.label} round {number}: {finished} of {total} requests, {failed} failed"
             )
