@@ -56,7 +56,11 @@ class Search:
 
 def make_study(direction: str, **changes: Any) -> Study:
     metric = "output_throughput_tok_s" if direction == "maximize" else "e2el_ms_mean"
-    given = {"workload": {"concurrency": 8, "rounds": 3}, "objective": {direction: metric}}
+    given = {
+        "workload": {"concurrency": 8, "rounds": 3},
+        "objective": {direction: metric},
+        "search": {"stop_early": True},
+    }
     raw = merged(merged(BASE, given), changes)
     raw["objective"] = {**changes.get("objective", {}), direction: metric}
     return parse_study(raw)
@@ -176,7 +180,7 @@ def test_a_hopeless_trial_of_a_real_study_is_ended_told_by_its_bound_and_its_eng
         tmp_path,
         search_space={"max-num-seqs": {"choice": [1, 256]}},
         workload={"rounds": 3},
-        search={"trials": 3, "points": [{"max-num-seqs": 256}, {"max-num-seqs": 1}]},
+        search={"trials": 3, "points": [{"max-num-seqs": 256}, {"max-num-seqs": 1}], "stop_early": True},
     )
     done, folder = run_study(study, "--address", ray_address)
     assert done.returncode == 0, done.stderr
