@@ -168,6 +168,41 @@ def test_the_search_goes_from_failures_over_missed_slos_to_what_is_feasible(name
     assert statistics.median(late) > 0.8
 
 
+def changed(left: Params, right: Params) -> set[str]:
+    return {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)}
+
+
+def steps_of(works: Callable[[Params], bool], direction: str) -> int:
+    """How many of the 30 first settings are a single step from the best before them, over some seeds."""
+    sign = 1.0 if direction == "maximize" else -1.0
+    study, steps = make_study({**WIDE, **SMALL}, 40, "tpe", direction), 0
+
+    def outcome(params: Params) -> TrialResult:
+        return measured(100.0 + sign * params["x"]) if works(params) else failed(Stage.WEIGHTS)
+
+    for seed in range(3):
+        search = study.search.model_copy(update={"seed": seed})
+        rows = run(study, make_sampler(study.model_copy(update={"search": search}), 1)[0], outcome, 10)
+        for number, row in enumerate(rows):
+            before = [one for one in rows[:number] if one.score is not None]
+            best = max(before, key=lambda one: sign * (one.score or 0.0), default=row)
+            steps += len(changed(row.params, best.params)) == 1
+    return steps
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_where_most_fails_the_start_goes_by_single_steps_from_the_best_that_works(direction: str) -> None:
+    assert steps_of(lambda params: params["a"] == 16 and params["b"], direction) >= 6
+    assert steps_of(lambda params: True, direction) <= 2
+
+
+@pytest.mark.parametrize("result", [failed(Stage.WEIGHTS), measured(1.0, ttft_ms=500.0)])
+def test_before_anything_works_the_start_is_random(result: TrialResult) -> None:
+    study = make_study({**WIDE, **SMALL}, 40, "tpe")
+    ours, random = (run(study, s, lambda _: result, 10) for s in (make_sampler(study, 1)[0], RandomSampler(seed=3)))
+    assert [row.params for row in ours] == [row.params for row in random]
+
+
 @pytest.mark.parametrize(("trials", "expected"), [(1, 4), (16, 4), (40, 10), (200, 50), (1000, 50)])
 def test_a_generation_is_at_most_a_quarter_of_the_budget_and_no_less_than_4(trials: int, expected: int) -> None:
     assert population(trials) == expected

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, SearchSpace
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.tune.tell import encode_point, exists, in_order, steps
+from raytune_autotuner.tune.tell import REFUSED, encode_point, exists, in_order, steps
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -96,10 +96,11 @@ def unmeasured(space: SearchSpace, fixed: Params, known: Callable[[Params], bool
 
 
 class StepByStepTPE(TPESampler):
-    """TPE whose start, as soon as something has worked, is one step from the best setting and not anywhere.
+    """TPE whose start goes by single steps from the best setting, the more often the more of the trials have failed.
 
     A step draws one parameter anew. Where most settings fail, one that differs from a working one in one parameter
-    mostly works, and says what that parameter is worth: docs/search.md has the comparison.
+    mostly works, and says what that parameter is worth; where most work, random ones say more. docs/search.md has the
+    comparison.
     """
 
     def __init__(self, *, seed: int, n_startup_trials: int, **options: Any) -> None:
@@ -111,9 +112,9 @@ class StepByStepTPE(TPESampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The values of the parameters in `search_space`; none of them before something has worked."""
+        """The values of the parameters in `search_space`; none of them where all are drawn at random."""
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        best = _best(study, ended) if search_space and len(ended) < self._startup else None
+        best = self._best(study, ended) if search_space and len(ended) < self._startup else None
         if best is None:
             return super().sample_relative(study, trial, search_space)
         name, values = self._source.choice([*search_space]), best.params
@@ -121,12 +122,18 @@ class StepByStepTPE(TPESampler):
         step = next((value for value in drawn if value != values.get(name)), values.get(name))
         return {**{known: values[known] for known in search_space if known in values}, name: step}
 
+    def _best(self, study: optuna.Study, ended: Sequence[FrozenTrial]) -> FrozenTrial | None:
+        """The best feasible trial (by the first objective), as often as a started trial was not feasible; else None."""
+        started = [one for one in ended if one.user_attrs.get("state") != REFUSED]
+        worked = [one for one in started if "values" in one.user_attrs and _feasible(one)]
+        if not worked or self._source.random() >= 1 - len(worked) / len(started):
+            return None
+        pick = max if study.directions[0] is StudyDirection.MAXIMIZE else min
+        return pick(worked, key=lambda one: one.values[0])
 
-def _best(ot_study: optuna.Study, ended: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The best feasible one of the measured trials; with several objectives the best by the first."""
-    worked = [t for t in ended if "values" in t.user_attrs and all(v <= 0 for v in t.constraints.values())]
-    pick = max if ot_study.directions[0] is StudyDirection.MAXIMIZE else min
-    return pick(worked, key=lambda one: one.values[0], default=None)
+
+def _feasible(trial: FrozenTrial) -> bool:
+    return all(value <= 0 for value in trial.constraints.values())
 
 
 class Grid(BaseSampler):
@@ -185,7 +192,8 @@ def _auto(study: Study, concurrency: int, seed: int) -> tuple[BaseSampler, str]:
         return _grid(study), f"grid: {trials} trials reach all {size:.0f} settings of the space"
     startup = startup_trials(trials)
     grouped = ", grouped by condition" if study.space.conditional else ""
-    reason = f"tpe{grouped}: {trials} trials of {_count(size)} settings, the first {startup} of them at random or a step from what works"
+    start = f"the first {startup} of them at random or a step from what works"
+    reason = f"tpe{grouped}: {trials} trials of {_count(size)} settings, {start}"
     return _tpe(study, concurrency, seed), f"{reason}{_why_not_nsga2(study)}"
 
 

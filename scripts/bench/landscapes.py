@@ -10,17 +10,19 @@ calibrated so that a given share of random settings is feasible. Two of them giv
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from raytune_autotuner.engine.simulated import model as simulated_engine
+from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import assess
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, parse_space
@@ -31,6 +33,14 @@ TIMEOUT_S = 600.0
 HUNG_AFTER_S = 300.0
 SUCCESS_S = 150.0
 SAMPLES = 4000
+CLIMBERS = 4
+"""Random settings, the best ones, from which the best there is is looked for."""
+WAY_STATIONS = 12
+"""Values of a range that are looked at on the way, beside those nearby."""
+FORESEEN = frozenset({Stage.ARGUMENTS, Stage.CONFIGURATION})
+"""Stages whose failures the engine's own check finds without a start; see docs/search.md."""
+RECORDED = Path(__file__).with_name("recorded")
+"""Tables of real studies, a folder each."""
 
 Outcome = Callable[[Params], TrialResult]
 
@@ -56,6 +66,10 @@ class Landscape:
     baseline: Params
     outcome: Outcome
     constraints: tuple[str, ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Fixed arguments of the engine."""
+    workload: Mapping[str, Any] = field(default_factory=lambda: {"concurrency": 16})
+    limits: Mapping[str, float] = field(default_factory=lambda: {"timeout_s": TIMEOUT_S, "hung_after_s": HUNG_AFTER_S})
 
     def study(self, grade: str = "progress", trials: int = 40, seed: int = 0, sampler: str = "tpe") -> Study:
         """The landscape as a study file."""
@@ -63,12 +77,13 @@ class Landscape:
             {
                 "study": self.name,
                 "model": "none",
-                "engine": {"kind": "simulated"},
+                "engine": {"kind": "simulated", "args": dict(self.args)},
                 "search_space": dict(self.space),
                 "constraints": list(self.constraints),
                 "objective": dict(self.objective),
                 "search": {"trials": trials, "seed": seed, "sampler": sampler},
-                "trial": {"timeout_s": TIMEOUT_S, "hung_after_s": HUNG_AFTER_S},
+                "workload": dict(self.workload),
+                "trial": dict(self.limits),
                 "penalty": {"grade": grade},
             }
         )
@@ -78,9 +93,83 @@ class Landscape:
         study = self.study()
         worths = [assess(study, self.outcome(point)) for point in random_points(self, samples)]
         scores = [worth.score for worth in worths if worth.feasible and worth.score is not None]
-        pick = max if study.objective.direction == "maximize" else min
+        pick = max if self.maximises else min
         failed = sum(worth.failure is not None for worth in worths) / samples
         return len(scores) / samples, failed, pick(scores, default=float("nan"))
+
+    def foreseen(self, params: Params) -> Failure | None:
+        """The failure that the engine's own check finds without a start, if there is one."""
+        failure = self.outcome(params).failure
+        return failure if failure is not None and failure.stage in FORESEEN else None
+
+    @property
+    def maximises(self) -> bool:
+        """Whether more is better."""
+        return "maximize" in self.objective
+
+    @cached_property
+    def best(self) -> float:
+        """The best score there is, as far as steps of one or two parameters lead from the best random settings."""
+        study = self.study()
+        starts = sorted(random_points(self, SAMPLES), key=lambda point: self._height(study, point), reverse=True)
+        peaks = [self._climb(study, start) for start in starts[:CLIMBERS]]
+        return max(peaks) if self.maximises else -max(peaks)
+
+    def _climb(self, study: Study, point: Params) -> float:
+        height = self._height(study, point)
+        while True:
+            steps = ((self._height(study, step), step) for step in _steps(study, point))
+            reached, step = max(steps, key=lambda pair: pair[0])
+            if reached <= height:
+                return height
+            height, point = reached, step
+
+    def _height(self, study: Study, point: Params) -> float:
+        worth = assess(study, self.outcome(point))
+        if not worth.feasible or worth.score is None:
+            return float("-inf")
+        return worth.score if self.maximises else -worth.score
+
+
+def _steps(study: Study, point: Params) -> Iterator[dict[str, Any]]:
+    """All settings that differ from `point` in one or two parameters, of ranges some."""
+    values = {
+        parameter.name: [*coarse(parameter, WAY_STATIONS), *_nearby(parameter.distribution, point[parameter.name])]
+        for parameter in study.space.parameters
+    }
+    for one, other in itertools.combinations(values, 2):
+        for left, right in itertools.product(values[one], values[other]):
+            step = {**point, one: left, other: right}
+            if study.space.violated(step, study.fixed) is None:
+                yield step
+
+
+def _nearby(spec: Range | Choice, value: Any) -> list[Any]:
+    """The value and, of a range, those around it: one to three steps and a few percent to both sides."""
+    if isinstance(spec, Choice):
+        return []
+    step = spec.step or 1
+    moved = [value + sign * way for sign in (-1, 1) for way in (0, step, 2 * step, 3 * step)]
+    moved += [value * factor for factor in (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)] if spec.log else []
+    whole = [round(one) if spec.type == "int" else round(one, 12) for one in moved]
+    return [one for one in dict.fromkeys(whole) if spec.low <= one <= spec.high]
+
+
+def coarse(parameter: Parameter, most: int) -> list[Any]:
+    """All values of a choice; of a range at most `most`, evenly spread, its ends included."""
+    spec = parameter.distribution
+    if isinstance(spec, Choice):
+        return list(spec.values)
+    shares = [i / (most - 1) for i in range(most)]
+    return list(dict.fromkeys(_at(spec, share) for share in shares))
+
+
+def _at(spec: Range, share: float) -> int | float:
+    """The value of a range that lies at `share` of the way from its low end to its high one."""
+    value = spec.low * (spec.high / spec.low) ** share if spec.log else spec.low + share * (spec.high - spec.low)
+    if spec.step:
+        value = spec.low + round((value - spec.low) / spec.step) * spec.step
+    return round(value) if spec.type == "int" else round(float(value), 12)
 
 
 def random_points(landscape: Landscape, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -104,6 +193,11 @@ def made_up() -> list[Landscape]:
         slo(0.10),
         simulated(),
     ]
+
+
+def all_of_them() -> list[Landscape]:
+    """The made-up landscapes and the recorded ones."""
+    return [*made_up(), *(recorded(table) for table in sorted(RECORDED.glob("*/trials.csv")))]
 
 
 _MEMORY_SPACE = {
@@ -203,24 +297,48 @@ def simulated() -> Landscape:
 def recorded(table: Path, study_file: Path | None = None) -> Landscape:
     """A real study's results table (`trials.csv` or `trials.parquet`), with its `study.yaml` beside it.
 
-    A setting that was not measured comes to what its nearest measured neighbour came to.
+    A setting that the table lacks comes to what its nearest neighbour in it came to.
     """
     study = load_study(study_file or table.with_name("study.yaml"))
-    rows = pd.read_parquet(table) if table.suffix == ".parquet" else pd.read_csv(table)
-    rows = rows[rows["state"].isin(["measured", "failed"])]
-    points = [(_point(study, row), _result(row)) for row in rows.to_dict("records")]
-    first, first_result = next(
-        (pair for pair, name in zip(points, rows["name"], strict=True) if name == BASELINE), points[0]
-    )
-    known = [(point, result) for point, result in points if len(point) == len(study.space.parameters)]
+    rows = _trials(pd.read_parquet(table) if table.suffix == ".parquet" else pd.read_csv(table))
+    points = [(_point(study, row), _result(row)) for row in rows]
+    whole = {_key(point): (point, result) for point, result in points if len(point) == len(study.space.parameters)}
+    named = [pair for pair, row in zip(points, rows, strict=True) if row["name"] == BASELINE]
+    baseline, first = (named or points)[0]
 
     def outcome(params: Params) -> TrialResult:
-        if params == first:
-            return first_result
-        return min(known, key=lambda pair: _distance(study.space.parameters, params, pair[0]))[1]
+        if params == baseline:
+            return first
+        found = whole.get(_key(params))
+        return found[1] if found is not None else _nearest(study.space.parameters, params, list(whole.values()))
 
-    objective = study.objective.model_dump(exclude_none=True)
-    return Landscape(table.stem, study.search_space, objective, first, outcome, study.constraints)
+    return Landscape(
+        study.study,
+        study.search_space,
+        study.objective.model_dump(exclude_none=True),
+        baseline,
+        outcome,
+        study.constraints,
+        study.engine.args,
+        study.workload.model_dump(mode="json", exclude_defaults=True),
+        {"timeout_s": study.trial.timeout_s, "hung_after_s": study.trial.hung_after_s},
+    )
+
+
+def description(table: Path) -> list[str]:
+    """What a recorded table holds: its space, and how its trials ended at what cost."""
+    landscape = recorded(table)
+    rows = pd.DataFrame(_trials(pd.read_csv(table)))
+    study = landscape.study()
+    lines = [f"{landscape.name}: {study.space.size:,.0f} settings, {len(rows)} trials"]
+    lines += [f"  {parameter.name}: {list(coarse(parameter, 5))}" for parameter in study.space.parameters]
+    named = rows[["state", "stage", "kind"]].fillna("").agg(" ".join, axis=1).str.strip()
+    for ended, group in rows["seconds:total"].groupby(named):
+        spread = f"median {group.median():.0f} s, {group.min():.0f} to {group.max():.0f} s"
+        lines.append(f"  {ended}: {len(group)} trials, {group.sum():,.0f} s of engines ({spread})")
+    first = assess(study, landscape.outcome(landscape.baseline)).score
+    against = "" if first is None else f", baseline {first:.1f}: x{landscape.best / first:.2f}"
+    return [*lines, f"  best {study.objective.metric} {landscape.best:.1f}{against}"]
 
 
 def failed(stage: Stage, share: float = 0.0, kind: Kind | None = None, elapsed_s: float | None = None) -> TrialResult:
@@ -335,6 +453,22 @@ def _draw(parameter: Parameter, source: random.Random) -> Any:
     return source.randint(int(spec.low), int(spec.high)) if spec.type == "int" else source.uniform(spec.low, spec.high)
 
 
+def _trials(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The trials of the search that teach; those that measure a setting again for the verdict are left out."""
+    kept = table[table["state"].isin(["measured", "failed"])]
+    return (kept[kept["verifies"].isna()] if "verifies" in kept else kept).to_dict("records")
+
+
+def _key(params: Params) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def _nearest(
+    parameters: Sequence[Parameter], params: Params, known: Sequence[tuple[Params, TrialResult]]
+) -> TrialResult:
+    return min(known, key=lambda pair: _distance(parameters, params, pair[0]))[1]
+
+
 def _point(study: Study, row: Mapping[Any, Any]) -> dict[str, Any]:
     """A table row's setting in the space's own values; parameters that it lacks are left out."""
     point: dict[str, Any] = {}
@@ -361,11 +495,12 @@ def _result(row: Mapping[Any, Any]) -> TrialResult:
         evidence = str(row["evidence"])
         failure = Failure(Stage(row["stage"]), Kind(row["kind"]), Blame.PARAMETERS, evidence, str(row["remedy"]))
         return TrialResult({}, failure, seconds)
-    metrics = {str(k): float(v) for k, v in row.items() if isinstance(v, (int, float)) and ":" not in str(k)}
+    numbers = {str(k): float(v) for k, v in row.items() if isinstance(v, (int, float)) and not pd.isna(v)}
+    metrics = {name: value for name, value in numbers.items() if name.partition("@")[0] in METRICS}
     return TrialResult(metrics, None, seconds)
 
 
-def _distance(parameters: tuple[Parameter, ...], left: Params, right: Params) -> float:
+def _distance(parameters: Sequence[Parameter], left: Params, right: Params) -> float:
     """Sum of squares over the parameters, each from 0 to 1; different names are 1 apart."""
     total = 0.0
     for parameter in parameters:
