@@ -62,6 +62,11 @@ class Level:
     trace: bool = False
 
     @property
+    def load(self) -> float:
+        """Requests in flight, or per second; 0 for a trace."""
+        return float(self.concurrency or self.rate_rps or 0)
+
+    @property
     def open_loop(self) -> bool:
         """Whether requests are sent when they are due, answered or not."""
         return self.trace or self.rate_rps is not None

@@ -21,6 +21,7 @@ SERVE = ("vllm", "serve")
 MOUNT = "/model"
 """Where a model's folder is mounted."""
 _HUB_CACHE = "/root/.cache/huggingface"
+"""In the container: where vLLM's image, whose user is root, keeps what it fetches from the hub."""
 _HUB_TOKEN = "HF_TOKEN"
 _SHARED_MEMORY = "16Gi"
 _STARTUP_S = 3600

@@ -279,6 +279,11 @@ class VerifySpec(_Model):
     restarts: Annotated[int, Field(ge=2, le=1000, strict=True)] = 5
     """Fresh engine starts of each finalist and of the baseline, interleaved."""
 
+    @property
+    def starts(self) -> int:
+        """Engine starts at most: those of the finalists and of the baseline."""
+        return (self.top + 1) * self.restarts if self.top else 0
+
 
 class ResourceSpec(_Model):
     """What one trial holds."""

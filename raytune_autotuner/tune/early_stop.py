@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune.schedulers import FIFOScheduler
 
 from raytune_autotuner.load.workload import levels
+from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.score.hopeless import Values, bound, can_be_judged
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
@@ -54,15 +55,15 @@ class StopHopeless(FIFOScheduler):
     def _bound_of_hopeless(self, trial_id: str, so_far: Values) -> float | None:
         """What the trial could at best come to, where that is not enough; None where it goes on."""
         rows = {row.trial_id: row for row in self._searched()}
-        best = _incumbent(self._study, list(rows.values()))
-        row = rows.get(trial_id)
-        if row is None or row.name or best is None or self._is_complete(so_far):
+        direction = self._study.objective.direction
+        row, best = rows.get(trial_id), best_so_far(rows.values(), direction)
+        if row is None or row.name or best is None or best.score is None or self._is_complete(so_far):
             return None
         others = [self._values[i] for i, other in rows.items() if other.score is not None and i in self._values]
-        reached = bound(so_far, others, self._labels, self._study.objective.direction)
+        reached = bound(so_far, others, self._labels, direction)
         if reached is None:
             return None
-        worse = reached < best if self._study.objective.direction == "maximize" else reached > best
+        worse = reached < best.score if direction == "maximize" else reached > best.score
         return reached if worse else None
 
     def _is_complete(self, so_far: Values) -> bool:
@@ -72,9 +73,3 @@ class StopHopeless(FIFOScheduler):
 def _values(result: Mapping[str, Any]) -> Values:
     """What the trial has measured, from a report that Ray Tune has flattened."""
     return {name.removeprefix(f"{LOADS}/"): value for name, value in result.items() if name.startswith(f"{LOADS}/")}
-
-
-def _incumbent(study: Study, rows: Sequence[TrialRow]) -> float | None:
-    scores = [row.score for row in rows if row.feasible and row.score is not None]
-    pick = max if study.objective.direction == "maximize" else min
-    return pick(scores, default=None)

@@ -196,7 +196,7 @@ class Evaluation:
         """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""
         scale, rounds = levels(self.study.workload), range(self.study.workload.rounds)
         if slo.ends_at_first_miss(self.study.objective):
-            yield from self._scan(server, sorted(scale, key=load_of))
+            yield from self._scan(server, sorted(scale, key=lambda level: level.load))
             return
         order = [(number, level) for number in rounds for level in scale]
         for done, (number, level) in enumerate(order):
@@ -223,7 +223,7 @@ class Evaluation:
             for number in range(self.study.workload.rounds):
                 yield self._round(server, between, number, 1, 1)
             held, missed = (between, missed) if self._meets(between) else (held, between)
-            self._refined = load_of(held)
+            self._refined = held.load
 
     def _round(self, server: EngineServer, level: Level, number: int, done: int, of: int) -> Metrics:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
@@ -407,11 +407,6 @@ class Evaluation:
         finally:
             self._log.close()
             self._load_log.close()
-
-
-def load_of(level: Level) -> float:
-    """Requests in flight, or per second; 0 for a trace."""
-    return float(level.concurrency or level.rate_rps or 0)
 
 
 def middle(held: Level, missed: Level) -> Level | None:

@@ -88,7 +88,7 @@ def explain(study: Study, results: Path) -> Explanation:
         first = _first(study, engine)
     finally:
         engine.close()
-    trials, restarts = study.search.trials, (study.verify.top + 1) * study.verify.restarts if study.verify.top else 0
+    trials, restarts = study.search.trials, study.verify.starts
     at_most_s = (math.ceil(trials / slots) + math.ceil(restarts / slots)) * study.trial.timeout_s
     if study.search.time_budget is not None:
         at_most_s = min(at_most_s, study.search.time_budget + study.trial.timeout_s)

@@ -275,10 +275,9 @@ class _Run:
     def _verification_s(self, budget: float) -> float:
         """Seconds to keep back for measuring the finalists again; at most half of the budget."""
         ended = [row.result.seconds["total"] for row in self.reporter.searched if row.state is State.MEASURED]
-        if not ended or not self.study.verify.top:
+        if not ended:
             return 0.0
-        starts = (self.study.verify.top + 1) * self.study.verify.restarts / self.slots
-        return min(starts * sum(ended) / len(ended), budget / 2)
+        return min(self.study.verify.starts / self.slots * sum(ended) / len(ended), budget / 2)
 
     @property
     def _elapsed_s(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 from raytune_autotuner.report.masking import mask_values
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.score.objective import assess
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
@@ -90,6 +91,4 @@ def _judged(study: Study, row: TrialRow) -> TrialRow:
 
 def best_of(study: Study, learned: Sequence[Learned]) -> TrialRow | None:
     """The feasible setting with the best score, worth measuring in this study too."""
-    rows = [row for part in learned for row in part.rows if row.feasible and row.score is not None and row.params]
-    pick = max if study.objective.direction == "maximize" else min
-    return pick(rows, key=lambda row: row.score or 0.0, default=None)
+    return best_so_far((row for part in learned for row in part.rows if row.params), study.objective.direction)
