@@ -20,6 +20,7 @@ from raytune_autotuner.report.tensorboard import TensorBoardWriter, tag
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.failure import Stage
 from tests.report_samples import METRIC, failed, make_study, measured, sample_rows, setting, verified_rows
+from tests.study_folders import LEVELS, leave_files, requests
 
 
 @pytest.fixture
@@ -144,6 +145,33 @@ def test_every_objective_has_its_scalar(tmp_path: Path) -> None:
     writer.close()
     found = scalars(made.find_trial_dir(0))
     assert (found[f"outcome/score:{METRIC}"], found["outcome/score:tpot_ms_p90"]) == ([(1, 100)], [(1, 50)])
+
+
+def test_a_trials_load_is_a_curve_over_its_seconds_at_the_time_at_which_it_ran(tmp_path: Path) -> None:
+    study, row = make_study(), measured(2, 143.0, setting(16))
+    made = ResultsFolder.create(tmp_path, study)
+    leave_files(made, row)
+    writer = TensorBoardWriter(made, study)
+    before = time.time()
+    writer.ended(row)
+    writer.close()
+    read = events(made.find_trial_dir(2))
+    records = requests(143.0)
+    loads = [max(r.end_s for r in records if r.level == level) for level in LEVELS]
+    output = read.Scalars(f"over_time/{METRIC}")
+    assert [event.step for event in output] == list(range(round(sum(loads))))
+    assert sum(event.value for event in output) * sum(loads) / len(output) == pytest.approx(len(records) * 8)
+    assert output[0].wall_time == pytest.approx(before - sum(loads), abs=1)
+    running = read.Scalars("over_time/running_requests")
+    assert [event.value for event in running] == [4] * 8 + [16] * 8
+    assert running[8].step == int(loads[0] + 0.5)
+    assert max(event.value for event in read.Scalars("over_time/kv_cache_usage")) == pytest.approx(0.7)
+
+
+def test_the_cause_of_a_failure_is_text_beside_its_curves(folder: ResultsFolder) -> None:
+    (text,) = events(folder.find_trial_dir(1)).Tensors("failure")
+    said = text.tensor_proto.string_val[0].decode()
+    assert said.startswith("**out-of-memory** at kv-cache: ValueError: 12.3 GiB")
 
 
 class Server:

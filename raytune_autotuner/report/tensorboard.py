@@ -1,8 +1,9 @@
-"""TensorBoard's event files of a study: scalars a round and a trial, and a line a trial in its HParams table.
+"""TensorBoard's event files of a study: scalars over a trial's seconds, its rounds and the study's trials.
 
 A trial's events lie in the trial's own folder, which makes it a run of that name; the study's folder is a run too, over
-trial numbers. What the HParams table shows is stated once for the study, so that a trial that failed before it had
-any metric stands in it beside the others.
+trial numbers. Steps are seconds of the load under `over_time/`, rounds and trial numbers elsewhere. What the HParams
+table shows is stated once for the study, so that a trial that failed before it had any metric stands in it beside the
+others. The course of a load is read from what the trial left in its folder, so it is there once the trial has ended.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytune_autotuner.report.events import promised_metrics
 from raytune_autotuner.report.masking import mask, mask_values
@@ -18,10 +19,13 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict, best_so_far
 from raytune_autotuner.report.wording import contender_cells, verification_of
 from raytune_autotuner.score.pareto import scores_of
-from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.failure import Failure, Stage
 from raytune_autotuner.study.space import Choice, Parameter, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
+
+if TYPE_CHECKING:
+    from raytune_autotuner.report.course import Course
 
 _PLUGIN = "hparams"
 _GROUPS = (
@@ -62,11 +66,17 @@ class TensorBoardWriter:
 
     def ended(self, row: TrialRow) -> None:
         """A trial has ended, however it did."""
+        from raytune_autotuner.report.course import course
+
         self._ended.append(row)
         writer = self._trial(row)
         rounds = self._study.workload.rounds
         for name, value in _final_scalars(self._study, row):
             writer.add_scalar(name, value, rounds)
+        if (found := course(self._folder.trial_dir(row.number, row.trial_id))) is not None:
+            _add_course(writer, found, row.result.seconds.get("stop", 0.0))
+        if row.result.failure is not None:
+            writer.add(_text("failure", mask(_failure(row.result.failure))))
         writer.add(_session_end(row.state is State.MEASURED))
         del self._trials[row.number]
         writer.close()
@@ -114,15 +124,16 @@ class _EventFile:
 
         self._file = EventFileWriter(str(folder))
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
+    def add_scalar(self, name: str, value: float, step: int, at: float | None = None) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self.add(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step)
+        self.add(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step, at)
 
-    def add(self, summary: Any, step: int = 0) -> None:
+    def add(self, summary: Any, step: int = 0, at: float | None = None) -> None:
+        """Add an event that happened `at` epoch seconds; now, if that is left out."""
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._file.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._file.add_event(Event(wall_time=at or time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
         self._file.flush()
@@ -154,6 +165,18 @@ def _final_scalars(study: Study, row: TrialRow) -> Iterator[tuple[str, float]]:
         yield from ((f"outcome/score:{metric}", value) for metric, value in _scores(study, row))
     yield from ((tag(name), value) for name, value in row.result.metrics.items())
     yield from ((f"seconds/{phase}", value) for phase, value in row.result.seconds.items())
+
+
+def _add_course(writer: _EventFile, found: Course, stop_s: float) -> None:
+    """What happened under load, second by second, each at the wall time at which it did; `stop_s` came after it."""
+    begun_at = found.ended_at - stop_s - found.seconds
+    for name, points in found.lines.items():
+        for seconds, value in points:
+            writer.add_scalar(f"over_time/{name}", value, int(seconds), begun_at + seconds)
+
+
+def _failure(failure: Failure) -> str:
+    return f"**{failure.kind}** at {failure.stage}: {failure.evidence}\n\n{failure.remedy}"
 
 
 def _session_start(study: Study, row: TrialRow) -> Any:

@@ -10,17 +10,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from raytune_autotuner.report.course import GAUGES, Points, first_round_of, output_rate, requests_of
 from raytune_autotuner.report.html.charts import slo_limits
 from raytune_autotuner.report.html.evidence import Evidence
 from raytune_autotuner.report.html.figures import PLAIN, SERIES, Chart, Trace, axis, label, rounded, scatter, who
 from raytune_autotuner.report.wording import format_number
-from raytune_autotuner.score.records import RequestRecord, measured
+from raytune_autotuner.score.records import RequestRecord
 from raytune_autotuner.study.trial import State, TrialRow
 
 LATENCIES = ("ttft_ms", "tpot_ms", "e2el_ms")
@@ -30,9 +27,6 @@ POINTS = 60
 """Of a distribution, or of a line over time."""
 FEW_POINTS = 15
 """Up to so many points of a line are marked."""
-_GAUGES = (("running", "running"), ("waiting", "waiting"), ("kv_cache_usage", "KV cache used"))
-_REQUESTS = list(RequestRecord.__slots__)
-_SAMPLES = ["level", "round", "seconds", "edge", *(name for name, _ in _GAUGES)]
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,7 @@ def chosen_loads(evidence: Evidence) -> list[TrialLoads]:
     for index, row in enumerate(_chosen(evidence)):
         color = PLAIN if row is evidence.baseline else SERIES[index % len(SERIES)]
         folder = evidence.trial_dir(row)
-        requests, samples = _requests(folder / "requests.parquet"), _samples(folder / "engine_metrics.parquet")
-        found.append(TrialLoads(row, color, index < 2, requests, samples))
+        found.append(TrialLoads(row, color, index < 2, requests_of(folder), first_round_of(folder)))
     return found
 
 
@@ -137,28 +130,6 @@ def _chosen(evidence: Evidence) -> list[TrialRow]:
     return [known[number] for number in numbers if number in known][:MAX_TRIALS]
 
 
-def _requests(path: Path) -> dict[str, list[RequestRecord]]:
-    rows = _rows(path, _REQUESTS)
-    return measured(RequestRecord(**{**row, "token_times_s": tuple(row["token_times_s"])}) for row in rows)
-
-
-def _samples(path: Path) -> dict[str, list[dict[str, Any]]]:
-    levels: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(path, _SAMPLES):
-        if row["round"] == 0:
-            levels.setdefault(row["level"], []).append(row)
-    return levels
-
-
-def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of a Parquet file; none where there is no such file, or a broken one."""
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
-    except (OSError, pa.ArrowInvalid):
-        return []
-    return rows
-
-
 def _distribution(one: TrialLoads, level: str, name: str) -> Trace | None:
     values = sorted(v for r in one.requests.get(level, ()) if r.ok and (v := getattr(r, name)) is not None)
     if not values:
@@ -173,7 +144,7 @@ def _distribution(one: TrialLoads, level: str, name: str) -> Trace | None:
 
 def _lines(one: TrialLoads, level: str) -> list[Trace]:
     lines = [("y", _output(one.requests.get(level, ())))]
-    for index, (field, _) in enumerate(_GAUGES):
+    for index, field in enumerate(GAUGES):
         points = [
             (s["seconds"], s[field]) for s in one.samples.get(level, ()) if s[field] is not None and not s["edge"]
         ]
@@ -197,25 +168,15 @@ def _lines(one: TrialLoads, level: str) -> list[Trace]:
     ]
 
 
-def _output(records: Sequence[RequestRecord]) -> list[tuple[float, float]]:
-    """Output tokens per second over the first round, from the chunks' arrivals."""
-    first = [record for record in records if record.round == 0 and record.ok and record.token_times_s]
-    end = max((record.token_times_s[-1] for record in first), default=0.0)
-    if end <= 0:
-        return []
-    width = end / POINTS
-    tokens = [0.0] * POINTS
-    for record in first:
-        per_chunk = (record.tokens_out or 0) / len(record.token_times_s)
-        for moment in record.token_times_s:
-            tokens[min(int(moment / width), POINTS - 1)] += per_chunk
-    return [((index + 0.5) * width, count / width) for index, count in enumerate(tokens)]
+def _output(records: Sequence[RequestRecord]) -> Points:
+    """Output tokens per second over the first round."""
+    return output_rate(((r.token_times_s, r.tokens_out or 0) for r in records if r.round == 0 and r.ok), POINTS)
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thinned(points: Points) -> Points:
     """At most `POINTS` points, each the mean of its neighbours."""
     if len(points) <= POINTS:
-        return list(points)
+        return points
     edges = [round(len(points) * part / POINTS) for part in range(POINTS + 1)]
     parts = [points[low:high] for low, high in pairwise(edges)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
