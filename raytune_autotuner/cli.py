@@ -33,6 +33,7 @@ exit codes:
 examples:
   python -m raytune_autotuner configs/llama.yaml
   python -m raytune_autotuner configs/llama.yaml --set search.trials=20 --set trial.timeout_s=5m
+  python -m raytune_autotuner bench configs/llama.yaml --param max-num-seqs=32
   python -m raytune_autotuner logs results/llama-cpu-20260101-120000 3 --engine --follow
   python -m raytune_autotuner diagnose engine.log --exit-code 1
 """
@@ -79,15 +80,32 @@ def _check(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.study.study import read_params
+    from raytune_autotuner.tune.bench import Start, earlier_setting, run_bench
+
+    if arguments.trial is not None:
+        start = earlier_setting(*arguments.trial)
+    elif arguments.study is not None:
+        start = Start(arguments.study)
+    else:
+        raise ConfigError(f"bench needs a study file, or a trial to repeat: {_PROGRAM} bench --trial RESULTS N")
+    study = _load_study(arguments.study or start.study_file, arguments.set)
+    params = {**start.params, **read_params(arguments.param)}
+    return run_bench(study, params, arguments.results, restart=start.restart, as_json=arguments.json)
+
+
 def _load(arguments: argparse.Namespace) -> Study:
     """The study that a command line names, with its overrides."""
+    trials = [] if arguments.trials is None else [f"search.trials={arguments.trials}"]
+    return _load_study(arguments.study, [*arguments.set, *trials])
+
+
+def _load_study(file: Path, overrides: Sequence[str]) -> Study:
     from raytune_autotuner.engine import models
     from raytune_autotuner.study.study import load_study
 
-    overrides = list(arguments.set)
-    if arguments.trials is not None:
-        overrides.append(f"search.trials={arguments.trials}")
-    study = load_study(arguments.study, overrides)
+    study = load_study(file, overrides)
     return study.model_copy(update={"model": models.absolute(study.model)})
 
 
@@ -193,6 +211,7 @@ def _export(arguments: argparse.Namespace) -> int:
 _COMMANDS = {
     "run": _run,
     "check": _check,
+    "bench": _bench,
     "logs": _logs,
     "status": _status,
     "report": _report,
@@ -229,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="explain a study without starting an engine")
     _add_study(check)
     check.add_argument("--json", action="store_true")
+    _add_bench(commands.add_parser("bench", help="measure one setting by hand, as a trial is, without a search"))
     _add_logs(commands.add_parser("logs", help="read the logs of a study or of one trial"))
     status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
     status.add_argument("results", type=Path, metavar="RESULTS")
@@ -248,8 +268,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_study(command: argparse.ArgumentParser) -> None:
     command.add_argument("study", type=Path, metavar="STUDY.yaml")
-    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="parent of runs' folders")
+    _add_changes(command)
     command.add_argument("--trials", type=int, metavar="N", help="same as --set search.trials=N")
+
+
+def _add_changes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="parent of runs' folders")
     command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a study's key")
 
 
@@ -258,6 +282,16 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")
     run.add_argument("--resume", action="store_true", help="go on with the study's newest unfinished run")
     run.add_argument("-v", "--verbose", action="store_true")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("study", type=Path, nargs="?", metavar="STUDY.yaml")
+    _add_changes(bench)
+    setting = "a parameter of the setting, in the search space or not; without any the baseline is measured"
+    bench.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help=setting)
+    again = "repeat this trial's setting; its run's study is used where no STUDY.yaml is named"
+    bench.add_argument("--trial", nargs=2, metavar=("RESULTS", "N"), help=again)
+    bench.add_argument("--json", action="store_true")
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:

@@ -112,7 +112,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no distribution": ({"search_space": {"max-num-seqs": 5}}, "search_space.max-num-seqs: 5 is not a distribution"),
     "log from 0": ({"search_space": {"max-num-seqs": {"int": [0, 3], "log": True}}}, "a log range needs `low > 0`"),
     "no choice": ({"search_space": {"max-num-seqs": {"choice": []}}}, "choice takes a list of at least one value"),
-    "empty space": ({"search_space": {}}, "search_space is empty: name at least one parameter"),
     "dashes": ({"search_space": {"--max-num-seqs": {"int": [1, 3]}}}, "write the flag without dashes: 'max-num-seqs'"),
     "underscores": ({"search_space": {"max_num_seqs": {"int": [1, 3]}}}, "flags have hyphens: write 'max-num-seqs'"),
     "reserved": ({"search_space": {"port": {"int": [1, 3]}}}, "search_space.port: is set by the autotuner itself"),
@@ -247,6 +246,7 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
         },
         "search.sampler gp cannot search parameters with a condition",
     ),
+    "empty space": ({"search_space": {}}, "search_space is empty: name at least one parameter"),
     "nothing to try": ({"constraints": ["max-num-seqs > 256"]}, "constraints: no setting of search_space meets them"),
     "conditions in a circle": (
         {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,7 +54,7 @@ def export(
     """
     study, rows = folder.load_study(), folder.read_rows()
     answer = study_verdict(study, rows)
-    row = _chosen(folder, rows, answer, number)
+    row = folder.read_row(_winner(folder, answer) if number is None else number)
     if study.engine.kind != "vllm":
         return _own_line(folder, study, row, form)
     return _WRITERS[form](describe(folder, study, row, answer, as_flags, image))
@@ -98,17 +98,12 @@ _WRITERS: Mapping[Form, Callable[[Serving], str]] = {
 # Which setting
 
 
-def _chosen(folder: ResultsFolder, rows: Sequence[TrialRow], answer: Verdict, number: int | None) -> TrialRow:
-    if number is None:
-        written = folder.read_verdict()
-        number = written["winner"] if written else None if answer.winner is None else answer.winner.number
+def _winner(folder: ResultsFolder, answer: Verdict) -> int:
+    written = folder.read_verdict()
+    number: int | None = written["winner"] if written else None if answer.winner is None else answer.winner.number
     if number is None:
         raise ConfigError(f"{folder.path}: nothing was measured, so there is no winner. Name one with --trial N.")
-    found = next((row for row in rows if row.number == number), None)
-    if found is None:
-        have = f"It has trials {rows[0].number} to {rows[-1].number}." if rows else "No trial has started yet."
-        raise ConfigError(f"--trial {number}: {folder.path} has no such trial. {have}")
-    return found
+    return number
 
 
 def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) -> str:

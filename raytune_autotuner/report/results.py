@@ -51,9 +51,12 @@ class ResultsFolder:
     path: Path
 
     @classmethod
-    def create(cls, parent: Path, study: Study) -> ResultsFolder:
-        """A new folder under `parent`, with the study as it is run; raises `ConfigError` where it cannot be made."""
-        folder = cls(_make_unique(parent, f"{study.study}-{datetime.now():%Y%m%d-%H%M%S}"))
+    def create(cls, parent: Path, study: Study, ending: str = "") -> ResultsFolder:
+        """A new folder under `parent`, with the study as it is run; raises `ConfigError` where it cannot be made.
+
+        With an `ending` to its name it is no run of the study, and `runs` does not list it.
+        """
+        folder = cls(_make_unique(parent, f"{study.study}-{datetime.now():%Y%m%d-%H%M%S}{ending}"))
         folder.trials_dir.mkdir()
         folder.write_study(study)
         return folder
@@ -177,6 +180,15 @@ class ResultsFolder:
             return []
         lines = self.rows_file.read_text(encoding="utf-8").splitlines()
         return [TrialRow.from_dict(json.loads(line)) for line in lines]
+
+    def read_row(self, number: int) -> TrialRow:
+        """The row of trial `number`; raises `ConfigError` where there is none."""
+        rows = self.read_rows()
+        found = next((row for row in rows if row.number == number), None)
+        if found is None:
+            have = f"It has trials {rows[0].number} to {rows[-1].number}." if rows else "No trial has started yet."
+            raise ConfigError(f"--trial {number}: {self.path} has no such trial. {have}")
+        return found
 
     def write_verdict(self, answer: Verdict) -> None:
         """Write `verdict.json`."""

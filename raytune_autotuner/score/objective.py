@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.grades import Direction, penalty, progress_violation
@@ -22,7 +22,7 @@ from raytune_autotuner.score.metrics import combine, cost_metrics, samples_neede
 from raytune_autotuner.score.slo import constraint_value, max_load_under_slo, measured
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,54 @@ def assess(study: Study, result: TrialResult) -> Assessment:
         return assess_failure(study, failure, result.seconds.get("total", 0.0))
     scores = tuple(result.metrics[name] for name, _ in study.objective.targets)
     return Assessment(scores, violation(study, result.metrics))
+
+
+def judged(study: Study, row: TrialRow, result: TrialResult) -> TrialRow:
+    """`row` with its result and what that is worth: state, score or penalty, also a failure that is found here."""
+    worth = assess(study, result)
+    return replace(
+        row,
+        state=State.MEASURED if worth.score is not None else State.FAILED,
+        result=replace(result, failure=worth.failure),
+        score=worth.score,
+        scores=worth.scores,
+        violation=worth.violation,
+        penalty=worth.penalty,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """One limit of the study's SLOs, and what was measured."""
+
+    name: str
+    """The metric's flat name, with the load level where there are several: `ttft_ms_p90@c16`."""
+    limit: float
+    at_least: bool
+    """Whether the value must reach the limit (a share of requests); else it must not exceed it."""
+    value: float | None
+    """None where nothing was measured, which is a promise broken."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is met."""
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def promises(study: Study, metrics: Mapping[str, float]) -> list[Promise]:
+    """Every limit at every load level at which it must hold."""
+    objective = study.objective
+    limits = slo.slo_metrics(objective)
+    if objective.slo and objective.attainment is not None:
+        limits = {slo.ATTAINMENT: objective.attainment}
+    places = [f"@{level}" for level in _judged_levels(study)] or [""]
+    return [
+        Promise(f"{name}{at}", limit, name == slo.ATTAINMENT, measured(metrics, f"{name}{at}"))
+        for name, limit in limits.items()
+        for at in places
+    ]
 
 
 def assess_failure(study: Study, failure: Failure, elapsed_s: float = 0.0) -> Assessment:

@@ -304,7 +304,8 @@ class Study(_Model):
     model: Annotated[str, Field(min_length=1)]
     """A hub id, a folder, or `bundled:smollm2-135m-instruct`."""
     engine: EngineSpec = EngineSpec()
-    search_space: dict[str, Any]
+    search_space: dict[str, Any] = {}
+    """Empty where only one setting is measured."""
     constraints: tuple[str, ...] = ()
     workload: Workload = Workload(concurrency=(8,))
     objective: ObjectiveSpec = ObjectiveSpec(maximize="output_throughput_tok_s")
@@ -318,10 +319,6 @@ class Study(_Model):
     @model_validator(mode="after")
     def _space_is_sound(self) -> Study:
         space = self.space  # raises ConfigError with the key in it
-        if not space.parameters:
-            raise ConfigError(
-                "search_space is empty: name at least one parameter, such as max-num-seqs: {int: [1, 64]}."
-            )
         for name in space.by_name:
             _check_own("search_space", name)
         space.check_expressions(self.fixed)
@@ -381,6 +378,30 @@ def parse_study(raw: Mapping[str, Any], source: str = "study", places: Mapping[s
         raise ConfigError(f"{_place(source, key, places)}: {error}") from error
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error, source, places)[:3])) from error
+
+
+def only_setting(study: Study, params: Params) -> Study:
+    """`study` with nothing to search but `params`, so that they are checked as a search space is.
+
+    Raises `ConfigError` for what cannot be a parameter's name.
+    """
+    values = {name: getattr(study, name) for name in Study.model_fields}
+    space = {name: {"choice": [value]} for name, value in params.items()}
+    return Study.model_validate({**values, "search_space": space, "constraints": (), "search": SearchSpec()})
+
+
+def read_params(texts: Sequence[str]) -> Params:
+    """A setting from `name=value` with YAML values; raises `ConfigError`."""
+    params: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        where = f"--param {shown(text)}"
+        if not separator or not name:
+            raise ConfigError(f"{where}: write name=value, such as --param max-num-seqs=32.")
+        params[name], _ = _parse_yaml(value, where)
+        for _, why in _not_plain(params[name], name):
+            raise ConfigError(f"{where}: {why}.")
+    return params
 
 
 def _read(path: Path) -> str:

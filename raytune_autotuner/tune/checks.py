@@ -48,6 +48,13 @@ _CHANGES_ANSWERS = (
 
 def check_study(study: Study, results: Path) -> None:
     """Raise `ConfigError` where the study cannot run or end with a winner, or nothing can be written to `results`."""
+    check_measurement(study, results)
+    _check_space(study)
+    make_sampler(study, concurrency=1)
+
+
+def check_measurement(study: Study, results: Path) -> None:
+    """Raise `ConfigError` where no setting could be measured and judged, or nothing can be written to `results`."""
     for name, direction in study.objective.targets:
         where = f"objective.{direction}"
         _check_measured(study, where, name, _known_metric(study, where, name, direction))
@@ -55,8 +62,6 @@ def check_study(study: Study, results: Path) -> None:
     _check_attainment(study)
     _check_samples(study)
     check_traffic(study.workload)
-    _check_space(study)
-    make_sampler(study, concurrency=1)
     if study.workload.client == "vllm-bench":
         vllm_bench.require(str(study.engine.python or sys.executable))
     _check_writable(results)
@@ -211,6 +216,11 @@ def _hint(name: str, known: Iterable[str], meant: str | None = None) -> str:
 
 def _check_space(study: Study) -> None:
     space = study.space
+    if not space.parameters:
+        raise ConfigError(
+            "search_space is empty: name at least one parameter, such as max-num-seqs: {int: [1, 64]}.\n"
+            "To measure one setting: python -m raytune_autotuner bench STUDY.yaml"
+        )
     in_order(space)
     if space.size <= MAX_GRID and next(grid_points(space, study.fixed), None) is None:
         raise ConfigError("constraints: no setting of search_space meets them all; widen a range or drop a constraint.")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.engine.contract import Engine
@@ -94,6 +95,18 @@ class Cluster:
                     "Lower resources.cpus or resources.gpus, or the parallel sizes in search_space."
                 )
         return min(max(fits), study.resources.max_concurrent or max(fits))
+
+
+def this_machine() -> Cluster:
+    """What Ray would find here, without starting it."""
+    return Cluster((Node(float(len(os.sched_getaffinity(0))), float(len(gpus_here()))),), None)
+
+
+def gpus_here() -> list[str]:
+    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 @contextmanager

@@ -107,6 +107,9 @@ class Evaluation:
         except GeneratorExit:
             self._keep(None, "ended between two loads: it cannot beat the best trial any more")
             raise
+        except KeyboardInterrupt:
+            self._keep(None, "interrupted")
+            raise
         except TrialFailed as failed:
             failure = failed.failure
         except Exception as error:  # noqa: BLE001  the trial boundary: what went wrong is its result

@@ -6,7 +6,6 @@ The engine's own checks are asked; figures of time come from earlier runs of the
 from __future__ import annotations
 
 import math
-import os
 import re
 import statistics
 from collections import Counter
@@ -27,7 +26,7 @@ from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.checks import check_study
-from raytune_autotuner.tune.cluster import Cluster, Node
+from raytune_autotuner.tune.cluster import Cluster, this_machine
 from raytune_autotuner.tune.samplers import make_sampler
 from raytune_autotuner.tune.tell import suggest
 
@@ -108,13 +107,6 @@ def explain(study: Study, results: Path) -> Explanation:
         _price(study, engine, cluster, slots, at_most_s),
         first,
     )
-
-
-def this_machine() -> Cluster:
-    """What Ray would find here, without starting it."""
-    gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = len(gpus) if "CUDA_VISIBLE_DEVICES" in os.environ else len([*Path("/proc/driver/nvidia/gpus").glob("*")])
-    return Cluster((Node(float(len(os.sched_getaffinity(0))), float(count)),), None)
 
 
 def _first(study: Study, engine: Engine) -> tuple[Suggestion, ...]:

@@ -18,7 +18,7 @@ from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.engine.server import LOG_NAME, read_end
 from raytune_autotuner.report.results import ResultsFolder, read_result, write_json
 from raytune_autotuner.score.metrics import METRICS
-from raytune_autotuner.score.objective import assess
+from raytune_autotuner.score.objective import judged
 from raytune_autotuner.score.quality import Quality
 from raytune_autotuner.score.slo import NO_SLO_VALUE
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
@@ -143,8 +143,8 @@ class TrialReporter:
             self._rows[row.trial_id] = row
             if not row.state.finished:
                 left = row.result.metrics or row.result.failure
-                judged = self._judged(row, row.result, Standing()) if left else replace(row, state=State.INTERRUPTED)
-                self._rows[row.trial_id] = judged
+                ended = self._judged(row, row.result, Standing()) if left else replace(row, state=State.INTERRUPTED)
+                self._rows[row.trial_id] = ended
         self._folder.write_rows(self.rows)
         again = {row.retry_of for row in self.rows}
         return [row for row in self.searched if row.state is State.INTERRUPTED and row.number not in again]
@@ -243,16 +243,7 @@ class TrialReporter:
             return replace(row, state=State.INTERRUPTED, result=replace(result, failure=None))
         if result.failure is not None and result.failure.blame is Blame.ENVIRONMENT:
             return replace(row, state=State.LOST, result=result)
-        judged = assess(self._study, result)
-        row = replace(
-            row,
-            state=State.MEASURED if judged.score is not None else State.FAILED,
-            result=replace(result, failure=judged.failure),
-            score=judged.score,
-            scores=judged.scores,
-            violation=judged.violation,
-            penalty=judged.penalty,
-        )
+        row = judged(self._study, row, result)
         baseline = row if row.name else self.baseline
         if row.score is None or baseline is None or not baseline.score:
             return row

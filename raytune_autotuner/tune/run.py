@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
-from raytune_autotuner import __version__
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.processes import sweep_orphans
@@ -54,6 +49,7 @@ from raytune_autotuner.tune.standing import Standing
 from raytune_autotuner.tune.stopping import enough
 from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.trainable import EngineTrial, Job
+from raytune_autotuner.tune.versions import machine, versions
 from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
 OK, NO_RESULT, INTERRUPTED = 0, 1, 130
@@ -321,36 +317,6 @@ class _Run:
         for event in self.events.since(rows, live):
             self.log.write(event.stage, event.text, event.trial)
         self.status = replace(self.status, updated_at=time.time(), live=tuple(live.values()))
-
-
-def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
-    """What a result rests on: packages, machine, cluster."""
-    packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas")}
-    own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
-    return {"engine": engine.versions(), "packages": own | packages, "machine": machine(), "cluster": cluster.shape}
-
-
-def machine() -> dict[str, Any]:
-    """The machine of the study's driver."""
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from typing import Any
 from raytune_autotuner.report.masking import mask_values
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import best_so_far
-from raytune_autotuner.score.objective import assess
+from raytune_autotuner.score.objective import judged
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import State, TrialRow
+from raytune_autotuner.study.trial import TrialRow
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) ->
     _check_same(_fingerprint(earlier.load_study(), then), mask_values(_fingerprint(study, versions)), earlier.path)
     ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None]
     inside = [row for row in ended if _is_inside(study, row.params)]
-    return Learned(earlier.path, tuple(_judged(study, row) for row in inside), len(ended) - len(inside))
+    return Learned(
+        earlier.path,
+        tuple(judged(study, replace(row, name="", retry_of=None), row.result) for row in inside),
+        len(ended) - len(inside),
+    )
 
 
 def _fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,15 +82,6 @@ def _is_inside(study: Study, params: Mapping[str, Any]) -> bool:
     if not params.keys() <= known.keys() or study.space.violated(params, study.fixed):
         return False
     return all(known[name].distribution.contains(value) for name, value in params.items())
-
-
-def _judged(study: Study, row: TrialRow) -> TrialRow:
-    """The row as this study's objective and SLOs see it."""
-    worth = assess(study, row.result)
-    state = State.FAILED if worth.failure else State.MEASURED
-    result = replace(row.result, failure=worth.failure)
-    row = replace(row, name="", retry_of=None, state=state, result=result, score=worth.score, scores=worth.scores)
-    return replace(row, violation=worth.violation, penalty=worth.penalty)
 
 
 def best_of(study: Study, learned: Sequence[Learned]) -> TrialRow | None:

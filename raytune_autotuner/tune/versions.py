@@ -1,0 +1,45 @@
+"""What a measurement rests on: packages and their versions, the machine, the cluster. Knows neither Ray nor Optuna."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+
+from raytune_autotuner import __version__
+from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.tune.cluster import Cluster
+
+
+def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
+    """What a result rests on: packages, machine, cluster."""
+    packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas")}
+    own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
+    return {"engine": engine.versions(), "packages": own | packages, "machine": machine(), "cluster": cluster.shape}
+
+
+def machine() -> dict[str, Any]:
+    """The machine of the study's driver."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
