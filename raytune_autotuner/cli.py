@@ -208,6 +208,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _schema(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.study.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+    return OK
+
+
 _COMMANDS = {
     "run": _run,
     "check": _check,
@@ -217,6 +224,7 @@ _COMMANDS = {
     "report": _report,
     "compare": _compare,
     "export": _export,
+    "schema": _schema,
     "diagnose": _diagnose,
     "clean": _clean,
 }
@@ -256,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("results", type=Path, metavar="RESULTS")
     _add_compare(commands.add_parser("compare", help="several studies side by side: what differs, what each came to"))
     _add_export(commands.add_parser("export", help="the winner, or any trial, for where it is served"))
+    commands.add_parser("schema", help="the study file as a JSON schema, for editors")
     diagnose = commands.add_parser("diagnose", help="why an engine failed, read from its log")
     diagnose.add_argument("log", type=Path, metavar="ENGINE_LOG", help="a file, or - for standard input")
     diagnose.add_argument("--exit-code", type=int, help="of the engine, negative or above 128 for a signal")

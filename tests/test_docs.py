@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import jsonschema
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -20,6 +23,7 @@ from raytune_autotuner.engine import models
 from raytune_autotuner.score.grades import Grade
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.failure import Blame, Kind, Stage
+from raytune_autotuner.study.schema import json_schema
 from raytune_autotuner.study.study import Study, load_study
 
 ROOT = Path(__file__).parent.parent
@@ -51,39 +55,34 @@ def rows(page: str) -> Iterator[list[str]]:
             yield [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
-def shown_default(cell: str) -> Any:
-    return None if cell == "required" else yaml.safe_load(cell.strip("`"))
+def test_what_is_made_from_the_code_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "reference", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-KEYS = dict(keys(Study))
-KEY_ROWS = {
-    row[0].strip("`"): row
-    for row in rows("study-file.md")
-    if row[0].strip("`") not in {"int", "float", "choice", "bool"}
-}
+def test_every_key_of_a_study_says_what_it_means() -> None:
+    documented = {row[0].strip("`") for row in rows("study-file.md")}
+    assert [key for key, field in keys(Study) if not field.description or key not in documented] == []
 
 
-def test_every_key_of_a_study_is_documented_and_no_other() -> None:
-    assert set(KEY_ROWS) == set(KEYS)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_schema_takes_every_study_in_configs(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), json_schema())
 
 
-@pytest.mark.parametrize("key", sorted(KEYS))
-def test_the_documented_default_is_the_one_in_force(key: str) -> None:
-    told = KEY_ROWS[key][2]
-    assert (told == "required") == KEYS[key].is_required()
-    default = None if KEYS[key].is_required() else KEYS[key].default
-    assert shown_default(told) == (list(default) if isinstance(default, tuple) else default)
-
-
-@pytest.mark.parametrize("key", sorted(KEYS))
-def test_the_documented_choices_are_those_that_are_taken(key: str) -> None:
-    told = set(re.findall(r"`([^`]+)`", KEY_ROWS[key][1]))
-    parts = get_args(KEYS[key].annotation)
-    assert not told or told <= {part for option in (*parts, *map(get_args, parts)) for part in _flat(option)}
-
-
-def _flat(option: Any) -> tuple[Any, ...]:
-    return option if isinstance(option, tuple) else (option,)
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"serch": {}}, "serch"),
+        ({"search": {"trials": "many"}}, "many"),
+        ({"search_space": {"block-size": {"choise": [16]}}}, "choise"),
+        ({"workload": {"concurrency": [0]}}, "0"),
+    ],
+)
+def test_the_schema_refuses_what_a_study_cannot_have(changes: dict[str, Any], wrong: str) -> None:
+    study = {"study": "s", "model": "m", "search_space": {"block-size": {"choice": [16]}}, **changes}
+    with pytest.raises(jsonschema.ValidationError, match=wrong):
+        jsonschema.validate(study, json_schema())
 
 
 def test_every_metric_is_documented_and_no_other() -> None:

@@ -12,7 +12,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from raytune_autotuner.study.study import Study, parse_study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
-from raytune_autotuner.tune.early_stop import LAST, LOADS, StopHopeless
+from raytune_autotuner.tune.early_stop import LAST, LOADED, LOADS, StopHopeless
 from tests.studies import BASE, merged, optuna_trials, run_study, write_study
 
 CONTINUE, STOP = FIFOScheduler.CONTINUE, FIFOScheduler.STOP
@@ -25,9 +25,10 @@ class RayTrial:
     trial_id: str
 
 
-def report(last: bool = False, **loads: list[float]) -> dict[str, Any]:
+def report(last: bool = False, loaded: bool = False, **loads: list[float]) -> dict[str, Any]:
     """A trial's report after a load, as Ray Tune has flattened it."""
-    return {**{f"{LOADS}/{label}": values for label, values in loads.items()}, LAST: last, "training_iteration": 1}
+    values = {f"{LOADS}/{label}": values for label, values in loads.items()}
+    return {**values, LOADED: loaded, LAST: last, "training_iteration": 1}
 
 
 class Search:
@@ -42,14 +43,14 @@ class Search:
     def begins(self, trial_id: str, name: str = "") -> None:
         self.rows[trial_id] = TrialRow(len(self.rows), trial_id, name, {}, State.RUNNING)
 
-    def says(self, trial_id: str, last: bool = False, **loads: list[float]) -> str:
-        return self.scheduler.on_trial_result(None, RayTrial(trial_id), report(last, **loads))
+    def says(self, trial_id: str, last: bool = False, loaded: bool = False, **loads: list[float]) -> str:
+        return self.scheduler.on_trial_result(None, RayTrial(trial_id), report(last, loaded, **loads))
 
     def measured(self, trial_id: str, score: float, violation: float = -1.0, **loads: list[float]) -> None:
         """A trial that went through all its loads."""
         self.begins(trial_id)
-        assert self.says(trial_id, False, **loads) == CONTINUE
-        assert self.says(trial_id, True, **loads) == CONTINUE
+        assert self.says(trial_id, False, True, **loads) == CONTINUE
+        assert self.says(trial_id, True, True, **loads) == CONTINUE
         row = replace(self.rows[trial_id], state=State.MEASURED, score=score, violation=violation)
         self.rows[trial_id] = row
 
@@ -127,7 +128,7 @@ def test_a_trial_whose_loads_are_all_measured_keeps_its_result() -> None:
     search = Search()
     search.measured("a", 100.0, c8=[100.0, 100.0, 100.0])
     search.begins("b")
-    assert search.says("b", c8=[1.0, 1.0, 1.0]) == CONTINUE
+    assert search.says("b", loaded=True, c8=[1.0, 1.0]) == CONTINUE  # one of its loads came to no value
     assert search.says("b", last=True, c8=[1.0, 1.0, 1.0]) == CONTINUE
 
 

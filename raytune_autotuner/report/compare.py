@@ -261,7 +261,7 @@ def _settings(comparison: Comparison) -> Markup:
     """The winners' parameters side by side, and their launch lines."""
     winners = [one.winner for one in comparison.studies]
     names = dict.fromkeys(name for row in winners if row is not None for name in row.params)
-    rows = [(tag("code", name), *(_value(row, name) for row in winners)) for name in names]
+    rows = [(tag("code", name), *(_value(one, name) for one in comparison.studies)) for name in names]
     body = [table(("parameter", *comparison.names), rows)] if rows else [tag("p", "Every winner is the defaults.")]
     for name, one in zip(comparison.names, comparison.studies, strict=True):
         line = None if one.winner is None else one.command(one.winner).get("launch")
@@ -269,10 +269,10 @@ def _settings(comparison: Comparison) -> Markup:
     return section("settings", "The winners' settings", *body)
 
 
-def _value(row: TrialRow | None, name: str) -> str:
-    if row is None:
+def _value(one: Evidence, name: str) -> str:
+    if one.winner is None:
         return _NONE
-    return format_value(row.params[name]) if name in row.params else "engine's default"
+    return format_value(one.winner.params[name]) if name in one.winner.params else one.before(name)
 
 
 def _scores(comparison: Comparison) -> Chart:

@@ -26,6 +26,29 @@ _KINDS = ("int", "float", "choice", "bool")
 _NAME = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9_.-]+)?")
 MAX_BOUND = 10**15
 """Of a range: whole numbers up to it are exact as floats too, which is what samplers compute with."""
+
+
+def _distribution(kind: str, value: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    properties = {kind: value, **more}
+    return {"type": "object", "properties": properties, "required": [kind], "additionalProperties": False}
+
+
+_PAIR = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+_WHEN = {"when": {"type": "string", "description": "The condition under which the parameter exists."}}
+_RANGE = {"log": {"type": "boolean"}, "step": {"type": "number", "exclusiveMinimum": 0}, **_WHEN}
+SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "additionalProperties": {
+        "anyOf": [
+            {"enum": ["bool", None]},
+            _distribution("int", _PAIR, _RANGE),
+            _distribution("float", _PAIR, _RANGE),
+            _distribution("choice", {"type": "array", "minItems": 1}, _WHEN),
+            _distribution("bool", {"const": True}, _WHEN),
+        ]
+    },
+}
+"""Of `search_space:`, for editors; `null` leaves a parameter of a ready-made space out."""
 # Settings for which an expression is tried before a study starts.
 _MAX_TRIED = 10_000
 

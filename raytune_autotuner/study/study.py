@@ -17,10 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from raytune_autotuner.study.errors import ConfigError, shown
-from raytune_autotuner.study.space import Params, SearchSpace, check_name, parse_space
+from raytune_autotuner.study.space import SCHEMA, Params, SearchSpace, check_name, parse_space
 from raytune_autotuner.study.spaces import written_out
 
 MAX_STUDY_BYTES = 1_000_000
@@ -56,19 +66,40 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
+_COUNT = {"type": "integer", "minimum": 1}
+_NUMBER = {"type": "number", "exclusiveMinimum": 0}
+_METRIC = {"type": "string", "x-unit": "metric"}
+_PATH = {"type": "string", "format": "path"}
+_SCALAR = {"type": ["string", "number", "boolean"]}
+_SHARE: dict[str, JsonValue] = {"x-unit": "share"}
+
+
+def _one_or_list(items: dict[str, Any]) -> WithJsonSchema:
+    """As the file may have it: one value, or a list of them."""
+    return WithJsonSchema({"anyOf": [items, {"type": "array", "items": items}]})
+
+
 # Strict: without it `true` would be 1.
-Duration = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0, strict=True)]
+Duration = Annotated[
+    float,
+    BeforeValidator(_parse_duration),
+    Field(gt=0, strict=True),
+    WithJsonSchema({"type": ["number", "string"], "exclusiveMinimum": 0, "x-unit": "duration"}),
+]
 """Seconds; in the file a number or text such as `40m`."""
 Positive = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 Natural = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=4_000_000_000, strict=True)]
 PositiveNumber = Annotated[float, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True, json_schema_extra=_SHARE)]
 Direction = Literal["maximize", "minimize"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    # What stands below a field is its description in the schema and in docs/study-file.md.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _check_own(section: str, name: str) -> None:
@@ -84,12 +115,14 @@ class EngineSpec(_Model):
     """Which engine, with which fixed arguments."""
 
     kind: Literal["vllm", "simulated"] = "vllm"
+    """`simulated` is a real server with a made-up machine behind it, for a first look and for tests."""
     args: dict[str, Any] = {}
-    """Fixed arguments of every trial, the baseline too: flag names without dashes."""
-    env: dict[str, str] = {}
+    """Fixed flags of every trial, the baseline too: the engine's own names without dashes, such as `max-model-len:
+    2048`. `true` becomes `--flag`, `false` `--no-flag`, `null` leaves it out; mappings and lists are passed as JSON."""
+    env: Annotated[dict[str, str], WithJsonSchema({"type": "object", "additionalProperties": _SCALAR})] = {}
     """Environment variables of the engine."""
     python: Path | None = None
-    """The Python that has the engine in it; None: the one that runs the study."""
+    """The Python that has the engine in it. Default: the one that runs the study."""
 
     @field_validator("python")
     @classmethod
@@ -121,32 +154,36 @@ class PrefixSpec(_Model):
     """Beginnings that prompts share, as system prompts and few-shot examples do."""
 
     tokens: Positive
-    """Length of each, put before the prompt's own tokens."""
+    """Tokens that prompts share, put before those that `traffic` draws: a prompt has both."""
     groups: Positive = 1
-    """How many different ones there are; requests take them in turn at random."""
+    """How many different beginnings there are; each request takes one at random."""
 
 
 class Workload(_Model):
     """The load that every trial is measured under."""
 
     traffic: str = "D(128,32)"
-    """`D(in,out)` fixed, `N(mean,sd)/(mean,sd)` normal, `U(min,max)/(min,max)` uniform token counts."""
+    """Tokens of prompt and answer: `D(in,out)` fixed, `N(mean,sd)/(mean,sd)` normal, `U(min,max)/(min,max)` uniform;
+    the prompt's first."""
     dataset: Path | None = None
-    """JSON lines of prompts and output lengths, in place of `traffic`."""
+    """A file of prompts and answer lengths, in place of `traffic`."""
     trace: Path | None = None
-    """JSON lines of arrival times and token counts, in place of `traffic` and of a load level."""
+    """A file of arrival times and token counts, in place of `traffic` and of a load level."""
     prefix: PrefixSpec | None = None
     client: Literal["builtin", "vllm-bench"] = "builtin"
     """Who sends the load: the autotuner's own client, or vLLM's `bench serve`."""
-    concurrency: Annotated[tuple[Positive, ...], BeforeValidator(_as_list)] = ()
-    """Closed loop: load levels as numbers of requests in flight."""
-    request_rate_rps: Annotated[tuple[PositiveNumber, ...], BeforeValidator(_as_list)] = ()
-    """Open loop: load levels as Poisson arrival rates."""
+    concurrency: Annotated[tuple[Positive, ...], BeforeValidator(_as_list), _one_or_list(_COUNT)] = ()
+    """Closed loop: requests in flight. Each number is a load level, named `c16`."""
+    request_rate_rps: Annotated[tuple[PositiveNumber, ...], BeforeValidator(_as_list), _one_or_list(_NUMBER)] = ()
+    """Open loop: Poisson arrivals per second. Each number is a load level, named `r2.5`."""
     requests: Positive = 64
-    """Requests at each load level in each round."""
+    """Requests at each level in each round."""
     rounds: Positive = 1
+    """How often all levels are measured; samples of all rounds are pooled."""
     warmup_requests: Natural = 8
+    """Requests before the first round that are not measured."""
     seed: Annotated[int, Field(strict=True)] = 0
+    """Of prompts, lengths and arrival times."""
 
     @field_validator("traffic")
     @classmethod
@@ -185,13 +222,16 @@ class Workload(_Model):
 class ObjectiveSpec(_Model):
     """What is optimised, and the promises (SLOs) that a setting must keep."""
 
-    maximize: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Metrics to make large; several objectives give a Pareto front."""
-    minimize: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    maximize: Annotated[tuple[str, ...], BeforeValidator(_as_list), _one_or_list(_METRIC)] = ()
+    """The metric to make large, such as `output_throughput_tok_s`. Several give a Pareto front."""
+    minimize: Annotated[tuple[str, ...], BeforeValidator(_as_list), _one_or_list(_METRIC)] = ()
+    """The metric to make small, such as `ttft_ms_p90`. Beside `maximize`: several objectives."""
     slo: dict[str, dict[str, PositiveNumber]] = {}
-    """Metric to statistic to upper limit: `{ttft_ms: {p99: 500}}`."""
-    attainment: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
-    """Of `max_load_under_slo`: the share of a level's requests that must meet every limit; None: the statistics do."""
+    """Upper limits that the winner must keep: metric to statistic to limit, in the metric's unit: `{ttft_ms: {p90:
+    500}, tpot_ms: {mean: 50}}`."""
+    attainment: Annotated[float, Field(gt=0, le=1, strict=True, json_schema_extra=_SHARE)] | None = None
+    """The share of a level's requests that must meet every limit, each judged by itself. Default: the statistics of
+    `slo` decide."""
 
     @model_validator(mode="after")
     def _some_metric(self) -> ObjectiveSpec:
@@ -222,17 +262,21 @@ class SearchSpec(_Model):
     """How the space is searched."""
 
     trials: Positive = 20
-    """Measured and graded trials, the baseline included; refused and retried ones do not count."""
+    """Trials that are measured or fail by their setting, the baseline included. Refused settings and repeated trials do
+    not count."""
     sampler: Literal["auto", "tpe", "gp", "nsga2", "random", "grid"] = "auto"
+    """How settings are suggested. `auto` chooses and says why. `gp` needs torch. All take several objectives."""
     seed: Seed = 0
+    """Of the sampler."""
     time_budget: Duration | None = None
-    """No new trial starts after it; running ones end by their own deadline."""
+    """After it no new trial starts; running ones end by their own limit."""
     points: tuple[dict[str, Any], ...] = ()
-    """Settings to try first, after the baseline."""
-    warm_start: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
-    """Results folders of earlier studies of the same model, engine, hardware and workload, to learn from."""
+    """Settings to try first, right after the baseline. Names and values must lie in the search space."""
+    warm_start: Annotated[tuple[Path, ...], BeforeValidator(_as_list), _one_or_list(_PATH)] = ()
+    """Results folders of earlier studies to learn from. Model, engine, its fixed arguments, hardware and workload must
+    be the same; what is not is refused and named. Settings outside the search space are left out."""
     target: Annotated[float, Field(strict=True)] | None = None
-    """The search ends once the (first) objective is as good as this, with every SLO met."""
+    """The search ends once the first objective is as good as this, with every SLO met."""
     plateau: Positive | None = None
     """The search ends after so many trials in a row that found nothing better."""
     stop_early: Annotated[bool, Field(strict=True)] = True
@@ -245,39 +289,42 @@ class TrialSpec(_Model):
     """The limits of one trial."""
 
     timeout_s: Duration = 600.0
-    """The trial's only clock, from its actor's start, waiting for resources excluded."""
+    """The trial's only clock, from its start, waiting for CPUs or GPUs excluded."""
     hung_after_s: Duration = 300.0
     """A trial without a log line or a finished request for so long is ended as hung."""
     retries: Natural = 1
-    """How often a trial that failed by the environment's fault is run again."""
-    max_failed_share: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.05
+    """How often a trial that failed through no fault of its setting (a lost node, a taken port) is run again."""
+    max_failed_share: Annotated[float, Field(ge=0, lt=1, strict=True, json_schema_extra=_SHARE)] = 0.05
     """A trial of which a larger share of requests failed has no score."""
     log_limit_mb: PositiveNumber = 64.0
-    """A trial's engine log keeps its head and its tail beyond this size."""
+    """Beyond this size an engine's log keeps only its head and its tail."""
 
 
 class PenaltySpec(_Model):
     """What a failed trial is worth."""
 
     grade: Literal["progress", "elapsed", "infinite", "ignore"] = "progress"
+    """What a failed trial is worth to the sampler. `progress`: the further it got, by stage, the less it costs. The
+    others are there to compare with."""
 
 
 class QualitySpec(_Model):
     """How much worse than the baseline's a setting's answers may be, for spaces that hold what changes them."""
 
     max_perplexity_rise: Share = 0.02
-    """Largest rise of the perplexity of a fixed text, as a share of the baseline's."""
+    """How much higher than the baseline's the perplexity of a fixed text may be."""
     max_answer_change: Share = 0.2
-    """Largest share of words at which greedy answers may part from the baseline's; see `score.quality`."""
+    """At how many of the words of its greedy answers a setting may part from the baseline, having written the same
+    until then."""
 
 
 class VerifySpec(_Model):
     """How the best settings are measured again before one is recommended."""
 
     top: Natural = 2
-    """How many finalists; 0: none, the verdict rests on one measurement a setting."""
+    """How many of the best settings are measured again, against the baseline, before one is recommended. 0: none."""
     restarts: Annotated[int, Field(ge=2, le=1000, strict=True)] = 5
-    """Fresh engine starts of each finalist and of the baseline, interleaved."""
+    """Fresh engine starts of each of them and of the baseline, interleaved; at least 2."""
 
     @property
     def starts(self) -> int:
@@ -289,24 +336,29 @@ class ResourceSpec(_Model):
     """What one trial holds."""
 
     gpus: Literal["auto"] | Annotated[float, Field(ge=0, strict=True)] = "auto"
-    """`auto`: tensor x pipeline x data parallel size where the cluster has GPUs, else 0."""
+    """GPUs that a trial holds. `auto`: tensor x pipeline x data parallel size of its setting where the cluster has
+    GPUs, else none."""
     cpus: PositiveNumber = 1.0
+    """CPUs that a trial holds in Ray's books."""
     max_concurrent: Positive | None = None
-    """Trials at once; None: as many as fit."""
+    """Trials at once. Default: as many as fit. On a CPU use 1: trials that share cores measure each other."""
     price_per_hour: PositiveNumber | None = None
-    """Of one GPU, or of the machine where a trial holds none; in any currency."""
+    """Of one GPU, or of the machine where a trial holds none; gives `cost_per_million_tokens`."""
 
 
 class Study(_Model):
     """One study file."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the study and of its results folder: letters, digits, `.`, `_`, `-`; 64 at most."""
     model: Annotated[str, Field(min_length=1)]
-    """A hub id, a folder, or `bundled:smollm2-135m-instruct`."""
+    """A hub id (`meta-llama/Llama-3.1-8B-Instruct`), a folder with a `config.json`, or `bundled:smollm2-135m-instruct`.
+    """
     engine: EngineSpec = EngineSpec()
-    search_space: dict[str, Any] = {}
-    """Empty where only one setting is measured."""
+    search_space: Annotated[dict[str, Any], WithJsonSchema(dict(SCHEMA))] = {}
+    """The parameters to search. Only `bench`, which measures one setting, does without."""
     constraints: tuple[str, ...] = ()
+    """Conditions between parameters."""
     workload: Workload = Workload(concurrency=(8,))
     objective: ObjectiveSpec = ObjectiveSpec(maximize="output_throughput_tok_s")
     search: SearchSpec = SearchSpec()

@@ -15,6 +15,8 @@ from raytune_autotuner.study.trial import TrialRow
 
 LOADS = "loads"
 """Key of `Values` in a trial's report to Ray Tune after each of its loads."""
+LOADED = "loaded"
+"""Key that says whether all of its loads are behind it."""
 LAST = "done"
 
 
@@ -46,7 +48,7 @@ class StopHopeless(FIFOScheduler):
         if not self._judges or not values or result.get(LAST):
             return str(self.CONTINUE)
         self._values[trial.trial_id] = values
-        reached = self._bound_of_hopeless(trial.trial_id, values)
+        reached = None if result.get(LOADED) else self._bound_of_hopeless(trial.trial_id, values)
         if reached is None:
             return str(self.CONTINUE)
         self._stop(trial.trial_id, reached)
@@ -57,7 +59,7 @@ class StopHopeless(FIFOScheduler):
         rows = {row.trial_id: row for row in self._searched()}
         direction = self._study.objective.direction
         row, best = rows.get(trial_id), best_so_far(rows.values(), direction)
-        if row is None or row.name or best is None or best.score is None or self._is_complete(so_far):
+        if row is None or row.name or best is None or best.score is None:
             return None
         others = [self._values[i] for i, other in rows.items() if other.score is not None and i in self._values]
         reached = bound(so_far, others, self._labels, direction)
@@ -65,9 +67,6 @@ class StopHopeless(FIFOScheduler):
             return None
         worse = reached < best.score if direction == "maximize" else reached > best.score
         return reached if worse else None
-
-    def _is_complete(self, so_far: Values) -> bool:
-        return all(len(so_far.get(label, ())) >= self._study.workload.rounds for label in self._labels)
 
 
 def _values(result: Mapping[str, Any]) -> Values:

@@ -80,6 +80,8 @@ class Evaluation:
     stage: Stage = Stage.ARGUMENTS
     share: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    loaded: bool = False
+    """Whether the load that was reported last was the last of all."""
     _moving: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> Generator[Metrics, None, TrialResult]:
@@ -203,7 +205,9 @@ class Evaluation:
             return
         order = [(number, level) for number in rounds for level in scale]
         for done, (number, level) in enumerate(order):
-            yield self._round(server, level, number, done, len(order))
+            metrics = self._round(server, level, number, done, len(order))
+            self.loaded = done + 1 == len(order)
+            yield metrics
 
     def _scan(self, server: EngineServer, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
         rounds = self.study.workload.rounds

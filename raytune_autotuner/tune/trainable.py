@@ -23,7 +23,7 @@ from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
-from raytune_autotuner.tune.early_stop import LOADS
+from raytune_autotuner.tune.early_stop import LOADED, LOADS
 from raytune_autotuner.tune.evaluate import Evaluation, Metrics
 from raytune_autotuner.tune.reporter import RESULT, SCORE
 
@@ -82,7 +82,8 @@ class EngineTrial(tune.Trainable):
         except StopIteration as stop:
             return self._last(stop.value)
         self._job.monitor.beat.remote(self.trial_id, Stage.LOAD, 0.0, metrics)
-        return {SCORE: _told(metrics, self._job.study.objective.metric), LOADS: self._evaluation.values, **metrics}
+        so_far = {LOADS: self._evaluation.values, LOADED: self._evaluation.loaded}
+        return {SCORE: _told(metrics, self._job.study.objective.metric), **so_far, **metrics}
 
     def cleanup(self) -> None:
         """Stop the engine where the trial is ended between two rounds."""

@@ -16,10 +16,16 @@ from raytune_autotuner.tune.cluster import Cluster
 
 
 def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
-    """What a result rests on: packages, machine, cluster."""
+    """What a result rests on: packages, the engine's own values, machine, cluster."""
     packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas")}
     own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
-    return {"engine": engine.versions(), "packages": own | packages, "machine": machine(), "cluster": cluster.shape}
+    return {
+        "engine": engine.versions(),
+        "defaults": engine.defaults(),
+        "packages": own | packages,
+        "machine": machine(),
+        "cluster": cluster.shape,
+    }
 
 
 def machine() -> dict[str, Any]:

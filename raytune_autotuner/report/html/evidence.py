@@ -18,6 +18,7 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import StudyStatus, format_duration, read_status
 from raytune_autotuner.report.verdict import Verdict, baseline_of, study_verdict
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
@@ -68,6 +69,19 @@ class Evidence:
             return self.answer.interval
         found = self.written["interval"]
         return None if found is None else (found[0], found[1])
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The values in force in the baseline, as far as the engine has told them."""
+        told = self.versions.get("defaults")
+        return {**(told if isinstance(told, dict) else {}), **self.study.fixed}
+
+    def before(self, parameter: str) -> str:
+        """A parameter's value in the baseline, for people, as far as the engine has told it."""
+        if parameter in self.study.fixed:
+            return format_value(self.study.fixed[parameter])
+        known = parameter in self.defaults
+        return f"{format_value(self.defaults[parameter])} (engine's default)" if known else "engine's default"
 
     @cached_property
     def winner(self) -> TrialRow | None:

@@ -19,7 +19,6 @@ from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.trial import State, TrialRow
 
-_UNSET = "engine's default"
 _STANDING = {
     "running": "The study still runs: this is what is known so far.",
     "killed": "The study was killed before its end: this is what it had measured.",
@@ -225,10 +224,9 @@ def _figures(evidence: Evidence, row: TrialRow) -> tuple[Mapping[str, float], in
 
 
 def _setting_rows(evidence: Evidence, other: TrialRow) -> list[list[object]]:
-    fixed = evidence.study.fixed
-    changed = changes(other.params, fixed)
+    changed = changes(other.params, evidence.defaults)
     return [
-        [tag("code", name), format_value(fixed[name]) if name in fixed else tag("em", _UNSET),
+        [tag("code", name), evidence.before(name),
          tag("td", format_value(value), cls="changed" if name in changed else "")]
         for name, value in other.params.items()
     ]  # fmt: skip
