@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,8 +216,40 @@ def _schema(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.tune.proposal import facts
+    from raytune_autotuner.tune.proposal.draft import propose, summary
+    from raytune_autotuner.tune.proposal.wishes import parse_wishes
+
+    output: Path | None = arguments.output
+    if output is not None and output.exists():
+        raise ConfigError(f"--output {output}: exists already; name another file, or remove it.")
+    wishes = parse_wishes(arguments.model, arguments.traffic, arguments.slo, arguments.minutes)
+    model = facts.look_at_model(wishes.model)
+    address = arguments.address
+    site = facts.look_at_cluster(model.name, address) if address else facts.look_at_this_machine(model.name)
+    proposal = propose(wishes, model, site, arguments.results)
+    if output is None:
+        print(proposal.text, end="")
+    else:
+        _write(output, proposal.text)
+    there = ["--address", address] if address else []
+    print(summary(proposal, [_PROGRAM, shlex.quote(str(output or "STUDY.yaml")), *there]), file=sys.stderr)
+    return OK
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a new file; raises `ConfigError` where that cannot be."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written: {error.strerror or error}.") from error
+
+
 _COMMANDS = {
     "run": _run,
+    "init": _init,
     "check": _check,
     "bench": _bench,
     "logs": _logs,
@@ -253,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"raytune_autotuner {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="STUDY.yaml | COMMAND")
     _add_run(commands.add_parser("run", help="run a study; the word `run` may be left out"))
+    _add_init(commands.add_parser("init", help="write a study for a model that fits this machine, ready to run"))
     check = commands.add_parser("check", help="explain a study without starting an engine")
     _add_study(check)
     check.add_argument("--json", action="store_true")
@@ -301,6 +335,37 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     again = "repeat this trial's setting; its run's study is used where no STUDY.yaml is named"
     bench.add_argument("--trial", nargs=2, metavar=("RESULTS", "N"), help=again)
     bench.add_argument("--json", action="store_true")
+
+
+_INIT = """\
+Looks at the model's configuration and at this machine (or, with --address, at a Ray cluster), and writes a study with
+comments: the parameters that matter there and ranges that fit in memory, load levels, promises, and as many trials as
+there is time for. It starts no engine. The study goes to standard output, what there is to say to standard error.
+"""
+_INIT_EPILOG = """\
+examples:
+  python -m raytune_autotuner init bundled:smollm2-135m-instruct --minutes 15 > study.yaml
+  python -m raytune_autotuner init meta-llama/Llama-3.1-8B-Instruct --traffic 'N(1024,256)/(256,64)' \\
+      --slo ttft_ms.p90=500 --slo tpot_ms.p90=50 --minutes 240 --output llama.yaml
+then: check STUDY.yaml explains it, and STUDY.yaml alone runs it.
+"""
+
+
+def _add_init(init: argparse.ArgumentParser) -> None:
+    init.description, init.epilog = _INIT, _INIT_EPILOG
+    init.formatter_class = argparse.RawDescriptionHelpFormatter
+    init.add_argument("model", metavar="MODEL", help="a hub id, a folder, or bundled:smollm2-135m-instruct")
+    traffic = (
+        "tokens of prompts and answers: D(in,out), N(mean,sd)/(mean,sd), U(min,max)/(min,max); default: a stand-in"
+    )
+    init.add_argument("--traffic", metavar="T", help=traffic)
+    slo = "a promise, in milliseconds: ttft_ms.p90=500; may be given several times (latencies: docs/metrics.md)"
+    init.add_argument("--slo", action="append", default=[], metavar="METRIC.STAT=MS", help=slo)
+    init.add_argument("--minutes", type=float, metavar="N", help="for everything, verification included")
+    init.add_argument("--output", type=Path, metavar="FILE", help="a new file; default: standard output")
+    init.add_argument("--address", metavar="A", help="of a running Ray cluster, whose nodes the study is to fit")
+    results = "where runs leave their folders: earlier ones of the model tell how long a trial takes"
+    init.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help=results)
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:

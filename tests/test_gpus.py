@@ -368,3 +368,9 @@ def _nothing_left() -> Iterator[None]:
     yield
     for name in ("first", "second"):
         sweep(make_mark("gpu-test", name))
+
+
+def test_the_smallest_gpu_is_found_unless_one_does_not_tell(machine: Machine) -> None:
+    machine.has(Device("GPU-a"), Device("GPU-b", memory_error=IS_LOST))
+    code = "answer = [smallest_gib(names) for names in (['0'], ['GPU-a', '1'], ['7'], [])]"
+    assert machine.ask(code) == [80, None, None, None]

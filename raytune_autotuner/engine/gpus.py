@@ -1,4 +1,4 @@
-"""A trial's GPUs, asked of NVML: whether their memory is back after the engine, and the energy of a load.
+"""GPUs, asked of NVML: their memory, whether it is back after a trial's engine, and the energy of a load.
 
 By ctypes, for the supervisor that asks has no packages. GPUs are named by index, in the order of the PCI bus, or by
 UUID. Where there is no NVML, or it does not know a GPU, that GPU is simply not watched. Standard library only.
@@ -17,6 +17,14 @@ RETURN_S = 5.0
 _POLL_S = 0.1
 _MIB = 2**20
 _LIBRARY = "libnvidia-ml.so.1"
+
+
+def smallest_gib(gpus: Iterable[str]) -> float | None:
+    """Memory of the smallest of `gpus`; None where there is none, or one of them does not tell."""
+    nvml = _Nvml()
+    sizes = [nvml.total_mib(gpu) for gpu in gpus]
+    known = [size for size in sizes if size is not None]
+    return min(known) / 1024 if known and len(known) == len(sizes) else None
 
 
 class GpuMemory:
@@ -106,13 +114,21 @@ class _Nvml:
         self._library = _load()
 
     def used_mib(self, gpu: str) -> int | None:
-        memory = _Memory()
-        return int(memory.used) // _MIB if self._ask("nvmlDeviceGetMemoryInfo", gpu, memory) else None
+        memory = self._memory(gpu)
+        return None if memory is None else int(memory.used) // _MIB
+
+    def total_mib(self, gpu: str) -> int | None:
+        memory = self._memory(gpu)
+        return None if memory is None else int(memory.total) // _MIB
 
     def energy_mj(self, gpu: str) -> int | None:
         """Since the driver was loaded."""
         energy = ctypes.c_ulonglong()
         return energy.value if self._ask("nvmlDeviceGetTotalEnergyConsumption", gpu, energy) else None
+
+    def _memory(self, gpu: str) -> _Memory | None:
+        memory = _Memory()
+        return memory if self._ask("nvmlDeviceGetMemoryInfo", gpu, memory) else None
 
     def _ask(self, function: str, gpu: str, answer: ctypes.Structure | ctypes.c_ulonglong) -> bool:
         """Fill in `answer`; whether it is one."""

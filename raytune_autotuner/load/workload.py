@@ -80,6 +80,16 @@ class Lengths:
     a: int
     b: int = 0
 
+    @property
+    def mean(self) -> float:
+        """Tokens, over many requests."""
+        return (self.a + self.b) / 2 if self.shape == "U" else float(self.a)
+
+    @property
+    def most(self) -> int:
+        """The longest that is to be expected: of a normal distribution, one in thirty thousand is longer."""
+        return {"D": self.a, "N": self.a + 4 * self.b, "U": self.b}[self.shape]
+
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
         """`count` token counts, at least 1 each."""
         if self.shape == "D":

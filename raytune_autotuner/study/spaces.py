@@ -5,6 +5,7 @@ In: a study as plain values, with `space: NAME`. Out: the same study, written ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ _KEYS = ("search_space", "constraints")
 def shipped() -> list[str]:
     """The names of the spaces that come along."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def explained(name: str) -> dict[str, tuple[str, ...]]:
+    """Each parameter of a shipped space with the lines of comment above it, in the file's order."""
+    found, lines = dict[str, tuple[str, ...]](), list[str]()
+    for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("  # "):
+            lines.append(line.removeprefix("  # "))
+            continue
+        if parameter := re.match(r"  (\S+): ", line):
+            found[parameter[1]] = tuple(lines)
+        lines = []
+    return found
 
 
 def written_out(raw: Mapping[str, Any], load: Callable[[Path], Any]) -> dict[str, Any]:

@@ -158,14 +158,23 @@ def _no_gpu(study: Study) -> str:
 def _check_slo(study: Study) -> None:
     for latency, limits in study.objective.slo.items():
         where = f"objective.slo.{latency}"
-        if latency not in LATENCIES:
-            raise ConfigError(f"{where}: there is no latency {shown(latency)}.{_hint(latency, LATENCIES)}")
+        check_latency(where, latency)
         if not limits:
             raise ConfigError(f"{where}: has no limit; write one, such as {latency}: {{p90: 500}}.")
         for statistic in limits:
-            if statistic not in STATISTICS:
-                hint = _hint(statistic, STATISTICS)
-                raise ConfigError(f"{where}.{statistic}: there is no statistic {shown(statistic)}.{hint}")
+            check_statistic(f"{where}.{statistic}", statistic)
+
+
+def check_latency(where: str, name: str) -> None:
+    """Raise `ConfigError` where `name` is no latency that an SLO can limit."""
+    if name not in LATENCIES:
+        raise ConfigError(f"{where}: there is no latency {shown(name)}.{_hint(name, LATENCIES)}")
+
+
+def check_statistic(where: str, name: str) -> None:
+    """Raise `ConfigError` where `name` is no statistic that an SLO can limit."""
+    if name not in STATISTICS:
+        raise ConfigError(f"{where}: there is no statistic {shown(name)}.{_hint(name, STATISTICS)}")
 
 
 def _check_attainment(study: Study) -> None:

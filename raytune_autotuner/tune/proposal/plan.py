@@ -1,0 +1,108 @@
+"""How the time is spent: load levels, requests, trials, restarts.
+
+In: the pace, the machines' slots, the promises and the minutes. Out: a `Plan` that ends in time, or `ConfigError` with
+the minutes that would do. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from raytune_autotuner.score.metrics import samples_needed
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.tune.proposal.fit import Fit
+from raytune_autotuner.tune.proposal.pace import Pace
+
+STUDY_S = 30.0
+"""Once a study: its checks, Ray's start, the report."""
+STARTS = 40
+"""Of the engine, where no time is given."""
+MAX_TRIALS = 100
+_SPARE = 1.1
+"""Requests beyond those that a percentile needs: up to one in twenty may fail."""
+# Engine starts in all, from which so many finalists are measured again so many times.
+_VERIFY = ((40, 2, 5), (20, 1, 5), (10, 1, 3))
+LEAST_STARTS = _VERIFY[-1][0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study measures, and about how long that takes."""
+
+    levels: tuple[int, ...]
+    """Requests in flight."""
+    requests: int
+    trials: int
+    top: int
+    restarts: int
+    trial_s: float
+    slots: float
+    """Trials at once, on average."""
+
+    @property
+    def verification(self) -> int:
+        """Engine starts after the search."""
+        return (self.top + 1) * self.restarts
+
+    @property
+    def seconds(self) -> float:
+        """All of it, by the estimate."""
+        return STUDY_S + (self.trials + self.verification) * self.trial_s / self.slots
+
+
+def plan_for(fit: Fit, pace: Pace, slo: Mapping[str, Mapping[str, float]], minutes: float | None) -> Plan:
+    """The richest plan for the time; raises `ConfigError` where it does not do for the smallest."""
+    slots = _slots(fit)
+    if minutes is None:
+        levels, requests = next(_loads(fit, slo))
+        return _plan(fit, pace, levels, requests, STARTS, slots)
+    left_s = minutes * 60 - STUDY_S
+    trial_s = 0.0
+    for (levels, requests), enough in zip(_loads(fit, slo), (40, 20, LEAST_STARTS), strict=True):
+        trial_s = pace.trial_s(fit.traffic, levels, requests)
+        starts = math.floor(left_s / trial_s * slots)
+        if starts >= enough:
+            return _plan(fit, pace, levels, requests, starts, slots)
+    needed = math.ceil((STUDY_S + LEAST_STARTS * trial_s / slots) / 60)
+    raise ConfigError(
+        f"--minutes {minutes:g}: is too short. A trial takes about {trial_s:.0f} s here ({pace.told}), and the "
+        f"smallest study is {LEAST_STARTS} of them, restarts for the verdict included.\n"
+        f"What would do: --minutes {needed}{_shorter(slo)}."
+    )
+
+
+def _plan(fit: Fit, pace: Pace, levels: tuple[int, ...], requests: int, starts: int, slots: float) -> Plan:
+    top, restarts = next((top, restarts) for least, top, restarts in _VERIFY if starts >= least)
+    trials = min(starts - (top + 1) * restarts, MAX_TRIALS)
+    return Plan(levels, requests, trials, top, restarts, pace.trial_s(fit.traffic, levels, requests), slots)
+
+
+def _loads(fit: Fit, slo: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Load levels and requests at each, from the richest to what is just enough."""
+    most = fit.concurrency
+    lower = (max(most // 4, 1),) if most > 1 else ()
+    yield (*lower, most), _requests(slo, 4 * most)
+    yield (most,), _requests(slo, 4 * most)
+    yield (most,), _requests(slo, 2 * most)
+
+
+def _requests(slo: Mapping[str, Mapping[str, float]], wanted: int) -> int:
+    """At a level: several times what is in flight, and enough for every percentile that is promised."""
+    needed = max((samples_needed(stat) for stats in slo.values() for stat in stats), default=0)
+    return max(wanted, math.ceil(needed * _SPARE / 8) * 8, 16)
+
+
+def _slots(fit: Fit) -> float:
+    if not fit.site.on_gpus:
+        return float(len(fit.site.hosts))
+    held = sum(fit.parallel_sizes) / len(fit.parallel_sizes)
+    return max(sum(host.gpus for host in fit.site.hosts) / held, 1.0)
+
+
+def _shorter(slo: Mapping[str, Mapping[str, float]]) -> str:
+    """What else would help."""
+    if max((samples_needed(stat) for stats in slo.values() for stat in stats), default=0) > samples_needed("p90"):
+        return ", or promises at p90 (29 requests a load) in place of higher percentiles"
+    return ", or a --traffic of fewer tokens"
