@@ -406,6 +406,7 @@ class _Story:
             evidence=_clean(_parse(proof).text),
             remedy=_clean(remedy),
             share=self.reader.share,
+            depends=rule.depends,
         )
 
 

@@ -41,6 +41,8 @@ class FailureRule:
     """Text that must be among the frames of the error's traceback; empty: anywhere."""
     holds: Callable[[re.Match[str]], bool] | None = None
     """A last condition on the values found; None: none."""
+    depends: tuple[str, ...] = ()
+    """See `Failure.depends`: the parameters that the engine looks at when it decides so, and no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,10 @@ _FREE_ON_START = (
 
 def _parameters(kind: Kind, pattern: str, remedy: str, only_at: tuple[Stage, ...] = ()) -> FailureRule:
     return FailureRule(kind, Blame.PARAMETERS, pattern, remedy, only_at)
+
+
+def _decided(kind: Kind, pattern: str, remedy: str, *depends: str) -> FailureRule:
+    return FailureRule(kind, Blame.PARAMETERS, pattern, remedy, depends=depends)
 
 
 def _study(kind: Kind, pattern: str, remedy: str, only_at: tuple[Stage, ...] = ()) -> FailureRule:
@@ -373,21 +379,44 @@ _MODEL = (
     ),
 )
 
+_DTYPES = ("dtype", "quantization", "load-format", "hf-overrides")
+# What vLLM chooses its attention kernels by.
+_ATTENTION = (
+    "attention-backend",
+    "attention-config",
+    "env:VLLM_ATTENTION_BACKEND",
+    "block-size",
+    "kv-cache-dtype",
+    "dtype",
+    "quantization",
+    "hf-overrides",
+)
+_PARALLEL = (
+    "tensor-parallel-size",
+    "pipeline-parallel-size",
+    "data-parallel-size",
+    "decode-context-parallel-size",
+    "distributed-executor-backend",
+)
+
 _CAPABILITY = (
-    _parameters(
+    _decided(
         Kind.UNSUPPORTED,
         r"Minimum capability: (?P<needed>[\d.]+)\. Current capability: (?P<has>[\w.()=, ]+)\.",
         "This quantization needs compute capability {needed}: choose another.",
+        *_DTYPES,
     ),
-    _parameters(
+    _decided(
         Kind.UNSUPPORTED,
         r"No common block size for (?P<size>\d+) \((?P<allowed>.*)\)",
         "The attention backend does not take block-size {size}; it takes {allowed}.",
+        *_ATTENTION,
     ),
-    _parameters(
+    _decided(
         Kind.UNSUPPORTED,
         r"Bfloat16 is only supported on GPUs with compute capability",
         "Set dtype to float16 (half) on this device.",
+        *_DTYPES,
     ),
     _parameters(
         Kind.UNSUPPORTED,
@@ -400,17 +429,19 @@ _CAPABILITY = (
         r"|[Uu]nsupported quantization",
         "Leave this quantization out of the search space on this device.",
     ),
-    _parameters(
+    _decided(
         Kind.UNSUPPORTED,
         r"[Hh]ead size (?P<size>\d+) is not supported|[Uu]nsupported head.?size|head_size not supported",
         "Choose another attention backend or dtype of the KV cache for this model's head size.",
+        *_ATTENTION,
     ),
-    _parameters(
+    _decided(
         Kind.UNSUPPORTED,
         r"No valid attention backend found|Selected backend \S+ is not valid for this configuration"
         r"|Invalid attention backend|share no supported KV cache block size|is not supported by attention backend"
         r"|(?:backend|kernel)s? (?:is|are) not (?:available|supported|implemented)",
         "Choose another attention backend, block-size or dtype of the KV cache.",
+        *_ATTENTION,
     ),
     _parameters(
         Kind.UNSUPPORTED,
@@ -451,10 +482,11 @@ _CONFIGURATION = (
         r"\(max_position_embeddings=(?P<most>\d+)",
         "Set max-model-len to at most {most}.",
     ),
-    _parameters(
+    _decided(
         Kind.INVALID_CONFIG,
         r"attention heads \((?P<heads>\d+)\) must be divisible by tensor parallel size \((?P<size>\d+)\)",
         "Set tensor-parallel-size to a divisor of {heads}.",
+        *_PARALLEL,
     ),
     _parameters(
         Kind.INVALID_CONFIG,
@@ -466,20 +498,23 @@ _CONFIGURATION = (
         r"max_num_batched_tokens \((?P<tokens>\d+)\) is smaller than max_model_len \((?P<length>\d+)\)",
         "Set max-num-batched-tokens to at least {length}, lower max-model-len, or enable chunked prefill.",
     ),
-    _parameters(
+    _decided(
         Kind.INVALID_CONFIG,
         r"World size \((?P<size>\d+)\) is larger than the number of available GPUs \((?P<gpus>\d+)\)",
         "Tensor x pipeline parallel size must be at most {gpus}, the GPUs of the trial.",
+        *_PARALLEL,
     ),
     _parameters(
         Kind.INVALID_CONFIG,
         r"Duplicate GPU detected|number of required GPUs exceeds the total number of available GPUs",
         "There are fewer GPUs than workers: lower the parallel sizes.",
     ),
-    _parameters(
+    _decided(
         Kind.INVALID_CONFIG,
         r"Not enough allowed NUMA nodes to bind threads of (?P<workers>\d+) local CPUWorkers",
         "Set VLLM_CPU_OMP_THREADS_BIND to cores for each of the {workers} workers, or lower the parallel sizes.",
+        *_PARALLEL,
+        "env:VLLM_CPU_OMP_THREADS_BIND",
     ),
     _parameters(
         Kind.INVALID_CONFIG,

@@ -101,6 +101,9 @@ class Failure:
     remedy: str
     share: float = 0.0
     """How much of `stage` was done, in [0, 1]: weight shards loaded, requests finished."""
+    depends: tuple[str, ...] = ()
+    """The parameters that alone decide it: a setting that has the same values of them fails in the same way. Empty
+    where nobody can say so."""
 
     @property
     def progress(self) -> float:
@@ -124,4 +127,5 @@ class Failure:
             evidence=str(values["evidence"]),
             remedy=str(values["remedy"]),
             share=float(values.get("share", 0.0)),
+            depends=tuple(values.get("depends", ())),
         )

@@ -24,6 +24,7 @@ from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+from raytune_autotuner.tune.lessons import Lessons
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.samplers import unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
@@ -68,6 +69,7 @@ class StudySearch(OptunaSearch):
         self._refuse = refuse
         self._on_refused = on_refused
         self._refused: set[str] = set()
+        self._lessons = Lessons(study.space, defaults)
         self._last_refusal = ": all settings are tried"
         super().__init__(
             space=lambda trial: None,
@@ -132,6 +134,8 @@ class StudySearch(OptunaSearch):
     def take_over(self, again: Sequence[TrialRow]) -> None:
         """Go on with a storage that an earlier process left behind; `again` are the trials to run once more."""
         rows = {row.number: row for row in self._reporter.rows}
+        for kept in rows.values():
+            self._lessons.note(kept)
         for frozen in self.ot_study.get_trials(states=(TrialState.RUNNING,)):
             row = rows.get(frozen.user_attrs.get("trial", -1))
             if row is not None and row.state.finished and row.state is not State.INTERRUPTED:
@@ -156,6 +160,7 @@ class StudySearch(OptunaSearch):
         if row.verifies is not None:
             return
         self._teller.tell(self.ot_study, self._ot_trials.pop(trial_id), row)
+        self._lessons.note(row)
         if self._reporter.to_retry(row):
             self._enqueue(row.params, name=row.name, retry_of=row.number)
 
@@ -180,6 +185,7 @@ class StudySearch(OptunaSearch):
                 self._queued(ot_trial)
                 ot_trial.set_user_attr("warm_start", str(part.source))
                 self._teller.tell(self.ot_study, ot_trial, row)
+                self._lessons.note(row)
 
     def _enqueue_first_points(self, best: TrialRow | None) -> None:
         self._enqueue({}, name=BASELINE)
@@ -226,9 +232,10 @@ class StudySearch(OptunaSearch):
             self.ot_study.tell(ot_trial, state=TrialState.FAIL)
 
     def _refusal(self, params: Params) -> str | Failure | None:
-        """Why a setting is not worth a start: a constraint that it breaks, or the engine's own word."""
+        """Why a setting is not worth a start: a constraint that it breaks, an earlier failure, the engine's word."""
         broken = self._study.space.violated(params, self._study.fixed)
-        refused = self._refuse(params) if broken is None else f"breaks `{broken.text}`"
+        foreseen = self._lessons.repeated(params) or self._refuse(params) if broken is None else None
+        refused = foreseen if broken is None else f"breaks `{broken.text}`"
         if refused is not None:
             self._refused.add(setting_key(params))
             self._last_refusal = f"; the last refusal: {refused}"

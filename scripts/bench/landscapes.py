@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from raytune_autotuner.engine.reading import diagnose
 from raytune_autotuner.engine.simulated import model as simulated_engine
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import assess
@@ -494,6 +495,9 @@ def _result(row: Mapping[Any, Any]) -> TrialResult:
     if row["state"] == "failed":
         evidence = str(row["evidence"])
         failure = Failure(Stage(row["stage"]), Kind(row["kind"]), Blame.PARAMETERS, evidence, str(row["remedy"]))
+        # As its log ended, for which there are rules.
+        read = diagnose(["Traceback (most recent call last):", '  File "vllm", line 1', evidence], exit_code=1).failure
+        failure = replace(failure, depends=read.depends if read is not None and read.kind is failure.kind else ())
         return TrialResult({}, failure, seconds)
     numbers = {str(k): float(v) for k, v in row.items() if isinstance(v, (int, float)) and not pd.isna(v)}
     metrics = {name: value for name, value in numbers.items() if name.partition("@")[0] in METRICS}
