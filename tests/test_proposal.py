@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def test_every_setting_of_a_proposal_may_fit(tmp_path: Path, site: str, config: 
     study = load_study(tmp_path / "study.yaml")
     assert study == found.study
     assert refused(study, which, SITES[site]) == []
-    assert (study.search.trials, study.verify.starts) == (25, 15), "where no time is given"
+    assert study.search.trials + study.verify.starts in range(10, 41), "where no time is given"
+    assert found.plan.seconds < 9 * 3600 or study.search.trials == 4
     for name in study.space.by_name:
         line = next(n for n, text in enumerate(found.text.splitlines()) if text.strip().startswith(f"{name}: "))
         assert found.text.splitlines()[line - 1].lstrip().startswith("# "), f"{name} is not explained"
@@ -124,6 +126,7 @@ def test_a_model_for_several_gpus_has_a_baseline_that_can_start(tmp_path: Path) 
     study = proposed(tmp_path, model(MIXTRAL), EIGHT_GPUS).study
     assert study.engine.args["tensor-parallel-size"] == 2, "93 GB of weights"
     assert study.space.by_name["tensor-parallel-size"].bounds == [2, 4, 8]
+    assert study.objective.metric == "cost_per_million_tokens", "else more GPUs would nearly always win"
 
 
 def test_a_full_gpu_gets_fewer_requests_a_larger_share_and_a_smaller_kv_cache_dtype(tmp_path: Path) -> None:
@@ -155,10 +158,12 @@ def test_an_unseen_model_gets_a_useful_study_that_says_what_was_not_seen(tmp_pat
     assert "# Not seen: the model's config.json: not here" in found.text
     assert found.study.engine.args["tensor-parallel-size"] == 2
     assert "max-num-seqs" in found.study.space.by_name
+    assert found.study.trial.timeout_s >= 3600, "the first start fetches it"
     nameless = proposed(tmp_path, Model("org/x", {}, unseen=("its config",)), LAPTOP)
     assert {"max-num-seqs", "block-size"} <= set(nameless.study.space.by_name)
     small = proposed(tmp_path, unseen, ONE_GPU)
     assert small.study.engine.args.get("tensor-parallel-size") is None, "a guess is no ground to refuse"
+    assert "of the size that its name tells, weights 130.4 GiB do not fit in 24.0 GiB" in " ".join(small.unseen)
 
 
 def test_a_model_that_does_not_fit_and_traffic_that_is_too_long_are_refused(tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_more_time_gets_more_trials_parameters_and_load_levels(tmp_path: Path) -
 def test_too_little_time_is_refused_with_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--minutes 3: is too short.*\n.*--minutes \d+") as caught:
         proposed(tmp_path, model(SMOLLM), LAPTOP, minutes=3)
-    enough = int(str(caught.value).split("--minutes ")[-1].split(",")[0])
+    enough = int(re.findall(r"--minutes (\d+)", str(caught.value))[-1])
     assert proposed(tmp_path, model(SMOLLM), LAPTOP, minutes=enough).plan.seconds <= enough * 60
     with pytest.raises(ConfigError, match="or promises at p90"):
         proposed(tmp_path, model(SMOLLM), LAPTOP, minutes=3, slo={"ttft_ms": {"p99": 500}})

@@ -24,7 +24,7 @@ from raytune_autotuner.study.study import Study, parse_study
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.proposal.facts import Model, Site
 from raytune_autotuner.tune.proposal.fit import Fit
-from raytune_autotuner.tune.proposal.pace import WARMUP_REQUESTS, Pace, pace_of
+from raytune_autotuner.tune.proposal.pace import Pace, pace_of
 from raytune_autotuner.tune.proposal.page import Comments, write_page
 from raytune_autotuner.tune.proposal.parameters import (
     QUALITY_TOKENS,
@@ -65,7 +65,7 @@ def propose(wishes: Wishes, model: Model, site: Site, results: Path) -> Proposal
     text = write_page(draft.raw, draft.comments, draft.head)
     study = parse_study(yaml.safe_load(text), source="the proposed study")
     check_study(study, results)
-    return Proposal(text, study, plan, pace, (*model.unseen, *site.unseen))
+    return Proposal(text, study, plan, pace, draft.unseen)
 
 
 def default_traffic(model: Model, site: Site) -> str:
@@ -103,7 +103,7 @@ class _Draft:
             **quality,
             "search": self._search,
             "verify": {"top": self.plan.top, "restarts": self.plan.restarts},
-            "trial": {"timeout_s": self._timeout_s, "hung_after_s": min(self._timeout_s, 300)},
+            "trial": {"timeout_s": self._timeout_s, "hung_after_s": 1800 if self._to_fetch else 300},
             "resources": self._resources,
         }
 
@@ -140,13 +140,21 @@ class _Draft:
             "traffic": self.traffic,
             "concurrency": list(levels) if len(levels) > 1 else levels[0],
             "requests": self.plan.requests,
-            "warmup_requests": WARMUP_REQUESTS,
+            "warmup_requests": self.fit.warmup_requests,
         }
 
     @property
     def _objective(self) -> dict[str, Any]:
         limits = self.wishes.limits
-        return {"maximize": "output_throughput_tok_s", **({"slo": limits} if limits else {})}
+        best = (
+            {"minimize": "cost_per_million_tokens"} if self._compares_gpus else {"maximize": "output_throughput_tok_s"}
+        )
+        return {**best, **({"slo": limits} if limits else {})}
+
+    @property
+    def _compares_gpus(self) -> bool:
+        """Whether trials hold different numbers of GPUs, so that more of them would nearly always serve more."""
+        return self.fit.site.on_gpus and TENSOR_PARALLEL in self._names
 
     @property
     def _search(self) -> dict[str, Any]:
@@ -157,14 +165,21 @@ class _Draft:
     @property
     def _timeout_s(self) -> int:
         """Far above the estimate, which may be wrong by as much."""
-        return max(math.ceil(5 * self.plan.trial_s / 60) * 60, 600 if self.fit.site.on_gpus else 300)
+        least = 3600 if self._to_fetch else 600 if self.fit.site.on_gpus else 300
+        return max(math.ceil(5 * self.plan.trial_s / 60) * 60, least)
+
+    @property
+    def _to_fetch(self) -> bool:
+        """Whether the first start has to fetch the model."""
+        return not self.fit.model.config
 
     @property
     def _resources(self) -> dict[str, Any]:
         hosts = self.fit.site.hosts
         if self.fit.site.on_gpus:
             cpus = min(host.cpus // max(host.gpus, 1) for host in hosts)
-            return {"gpus": "auto", "cpus": max(min(cpus, 8), 1)}
+            price = {"price_per_hour": 1.0} if self._compares_gpus else {}
+            return {"gpus": "auto", "cpus": max(min(cpus, 8), 1), **price}
         return {"gpus": 0, "cpus": min(host.cpus for host in hosts), "max_concurrent": len(hosts)}
 
     # --- words ---
@@ -185,7 +200,12 @@ class _Draft:
             f"Time:     about {format_duration(self.plan.seconds)} in all: {self.plan.trials} trials and up to "
             f"{self.plan.verification} restarts of about {self.plan.trial_s:.0f} s each ({self.pace.told})",
         ]
-        return lines + [f"Not seen: {text}" for text in (*model.unseen, *self.fit.site.unseen)]
+        return lines + [f"Not seen: {text}" for text in self.unseen]
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """What could not be looked at."""
+        return (*self.fit.model.unseen, *self.fit.doubts, *self.fit.site.unseen)
 
     @property
     def comments(self) -> Comments:
@@ -263,6 +283,12 @@ class _Draft:
             ("workload", "requests"): [f"At each level: several times what is in flight, and {needed}."],
             ("objective",): ["What is optimised, and the promises (SLOs) that the winner must keep at every level."],
         }
+        if self._compares_gpus:
+            words["objective",].append(
+                "Settings on one GPU are compared with those on several, which nearly always give more tokens. So "
+                "tokens per GPU count: by their price, where an hour of a GPU costs 1 unless you write yours under "
+                "resources. For the most that one server can give: maximize: output_throughput_tok_s"
+            )
         if not self.wishes.limits:
             words["objective",].append("None was asked for. With some:  slo: {ttft_ms: {p90: 500}, tpot_ms: {p90: 50}}")
         if "kv-cache-dtype" in self._names:
@@ -285,6 +311,10 @@ class _Draft:
             ("trial", "timeout_s"): ["From the trial's start; what is not done by then is stopped and graded."],
             ("resources",): self._resource_words,
         }
+        if self._to_fetch:
+            words["trial", "timeout_s"].append(
+                "So long because the first start fetches the model. Fetch it before, and write 10m here and 5m below."
+            )
         if self.plan.restarts < 5:
             words["verify",].append("5 restarts find gains of a few per cent, if there is time.")
         return words

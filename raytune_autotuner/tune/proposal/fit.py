@@ -83,6 +83,12 @@ class Fit:
             "\nTake a smaller or a quantised model, larger machines, or, where it is too long, a shorter --traffic."
         )
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against a start at all, by a size that is only a guess."""
+        failure = self._baseline_refused(self.parallel_sizes[0]) if self.model.by_name else None
+        return () if failure is None else (f"whether it fits; of the size that its name tells, {failure.evidence}",)
+
     @cached_property
     def kv_gib(self) -> int:
         """GiB for the KV cache of each worker on a CPU: what the load wants, within what the memory has."""
@@ -103,6 +109,11 @@ class Fit:
         if self.site.on_gpus:
             return 128 if (self.site.smallest_gpu_gib or 0) >= 40 else 64
         return 16 if min(host.cpus for host in self.site.hosts) < 16 else 32
+
+    @property
+    def warmup_requests(self) -> int:
+        """Before each level."""
+        return 32 if self.site.on_gpus else 8
 
     @property
     def _held_sizes(self) -> list[int]:

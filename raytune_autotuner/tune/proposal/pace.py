@@ -19,7 +19,6 @@ from raytune_autotuner.study.study import Study, Workload
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.proposal.fit import Fit
 
-WARMUP_REQUESTS = 8
 _LOADING_B_PER_S = 1e9
 # Of a trial without its loads: vLLM's imports and start, Ray's fresh actor, the stop. Measured on 2 CPU cores, with
 # enforce-eager; on GPUs compilation and graphs come on top, and that figure is a guess.
@@ -46,11 +45,10 @@ class Pace:
     """What earlier runs took over what is guessed for them."""
     told: str = "a guess, as no run of this model lies in --results"
 
-    def trial_s(self, traffic: Traffic, concurrency: Sequence[int], requests: int) -> float:
-        """A whole trial: start, warm-up and load of each level, stop."""
+    def loads_s(self, traffic: Traffic, concurrency: Sequence[int], requests: int) -> float:
+        """So many requests at each level."""
         tokens = traffic.tokens_in.mean, traffic.tokens_out.mean
-        loads = sum((requests + WARMUP_REQUESTS) * self._request_s(*tokens, level) for level in concurrency)
-        return self.start_s + loads
+        return sum(requests * self._request_s(*tokens, level) for level in concurrency)
 
     def _request_s(self, tokens_in: float, tokens_out: float, concurrency: int) -> float:
         """Of the machine's time, where so many are in flight."""
@@ -99,8 +97,8 @@ def _corrected(guess: Pace, model: str, results: Path) -> Pace:
 
 def _guessed_loads_s(guess: Pace, load: Workload) -> float:
     concurrency = [level.concurrency or _AT for level in levels(load)]
-    guessed = guess.trial_s(parse_traffic(load.traffic), concurrency, load.requests * load.rounds)
-    return guessed - guess.start_s
+    requests = load.requests * load.rounds + load.warmup_requests
+    return guess.loads_s(parse_traffic(load.traffic), concurrency, requests)
 
 
 def _earlier(model: str, results: Path) -> list[tuple[Study, list[TrialRow]]]:

@@ -22,6 +22,7 @@ THREADS = "env:VLLM_CPU_OMP_THREADS_BIND"
 QUALITY_TOKENS = 512
 """Of max-model-len, which `quality` needs."""
 _STEPS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_GOOD_STEP = 8192
 _SHARES = (0.80, 0.84, 0.88, GPU_SHARE)
 _NUMA_WHY = (
     "NUMA nodes (mostly sockets) that share one copy of the model, each with a worker and cores of its own.",
@@ -74,7 +75,7 @@ def first_point(parameters: Sequence[Parameter]) -> dict[str, Any]:
         if parameter.name == SEQS:
             point[SEQS] = values[-1] if values else parameter.distribution["int"][1]
         elif parameter.name == BATCHED_TOKENS and values:
-            point[BATCHED_TOKENS] = values[-1]
+            point[BATCHED_TOKENS] = max([value for value in values if value <= _GOOD_STEP], default=values[0])
         elif parameter.name == THREADS and values:
             point[THREADS] = values[-1]
         elif parameter.name == TENSOR_PARALLEL and values:

@@ -17,8 +17,9 @@ from raytune_autotuner.tune.proposal.pace import Pace
 
 STUDY_S = 30.0
 """Once a study: its checks, Ray's start, the report."""
+DEFAULT_S = 8 * 3600.0
 STARTS = 40
-"""Of the engine, where no time is given."""
+"""Of the engine at most, where no time is given, and as many as fit in `DEFAULT_S`."""
 MAX_TRIALS = 100
 _SPARE = 1.1
 """Requests beyond those that a percentile needs: up to one in twenty may fail."""
@@ -54,29 +55,37 @@ class Plan:
 
 def plan_for(fit: Fit, pace: Pace, slo: Mapping[str, Mapping[str, float]], minutes: float | None) -> Plan:
     """The richest plan for the time; raises `ConfigError` where it does not do for the smallest."""
-    slots = _slots(fit)
-    if minutes is None:
-        levels, requests = next(_loads(fit, slo))
-        return _plan(fit, pace, levels, requests, STARTS, slots)
-    left_s = minutes * 60 - STUDY_S
-    trial_s = 0.0
+    slots, most = _slots(fit), math.inf if minutes is not None else STARTS
+    left_s = DEFAULT_S if minutes is None else minutes * 60 - STUDY_S
+    levels: tuple[int, ...] = ()
+    requests, trial_s = 0, 0.0
     for (levels, requests), enough in zip(_loads(fit, slo), (40, 20, LEAST_STARTS), strict=True):
-        trial_s = pace.trial_s(fit.traffic, levels, requests)
+        trial_s = _trial_s(fit, pace, levels, requests)
         starts = math.floor(left_s / trial_s * slots)
         if starts >= enough:
-            return _plan(fit, pace, levels, requests, starts, slots)
+            return _plan(fit, pace, levels, requests, int(min(starts, most)), slots)
+    if minutes is None:
+        return _plan(fit, pace, levels, requests, LEAST_STARTS, slots)
+    raise ConfigError(_too_short(pace, slo, minutes, trial_s, slots))
+
+
+def _too_short(pace: Pace, slo: Mapping[str, Mapping[str, float]], minutes: float, trial_s: float, slots: float) -> str:
     needed = math.ceil((STUDY_S + LEAST_STARTS * trial_s / slots) / 60)
-    raise ConfigError(
+    return (
         f"--minutes {minutes:g}: is too short. A trial takes about {trial_s:.0f} s here ({pace.told}), and the "
         f"smallest study is {LEAST_STARTS} of them, restarts for the verdict included.\n"
-        f"What would do: --minutes {needed}{_shorter(slo)}."
+        f"What would do: --minutes {needed}{_shorter(slo) if trial_s > 2 * pace.start_s else ''}."
     )
 
 
 def _plan(fit: Fit, pace: Pace, levels: tuple[int, ...], requests: int, starts: int, slots: float) -> Plan:
     top, restarts = next((top, restarts) for least, top, restarts in _VERIFY if starts >= least)
     trials = min(starts - (top + 1) * restarts, MAX_TRIALS)
-    return Plan(levels, requests, trials, top, restarts, pace.trial_s(fit.traffic, levels, requests), slots)
+    return Plan(levels, requests, trials, top, restarts, _trial_s(fit, pace, levels, requests), slots)
+
+
+def _trial_s(fit: Fit, pace: Pace, levels: tuple[int, ...], requests: int) -> float:
+    return pace.start_s + pace.loads_s(fit.traffic, levels, requests + fit.warmup_requests)
 
 
 def _loads(fit: Fit, slo: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[tuple[int, ...], int]]:
