@@ -101,6 +101,14 @@ def test_a_small_cpu_gets_block_sizes_that_have_kernels_its_cores_and_memory_tha
     assert (study.resources.gpus, study.resources.cpus, study.resources.max_concurrent) == (0, 2, 1)
 
 
+def test_few_trials_search_what_matters_most(tmp_path: Path) -> None:
+    promise = {"tpot_ms": {"p90": 50.0}}
+    kept, free = (proposed(tmp_path, model(SMOLLM), LAPTOP, minutes=15, slo=slo).study for slo in (promise, None))
+    assert next(iter(kept.space.by_name)) == "max-num-seqs"
+    assert "max-num-seqs" not in free.space.by_name, "fewer at once only cost throughput"
+    assert "block-size" in free.space.by_name
+
+
 def test_sockets_may_share_a_model_and_each_gets_a_kv_cache_that_fits(tmp_path: Path) -> None:
     study = proposed(tmp_path, model(LLAMA), SOCKETS).study
     assert study.space.by_name["tensor-parallel-size"].bounds == [1, 2]

@@ -114,7 +114,7 @@ class _Draft:
 
     @cached_property
     def _ranked(self) -> list[Parameter]:
-        return ranked(self.fit, self.plan.levels)
+        return ranked(self.fit, self.plan.levels, promises=bool(self.wishes.limits))
 
     @property
     def _names(self) -> list[str]:

@@ -23,6 +23,7 @@ QUALITY_TOKENS = 512
 """Of max-model-len, which `quality` needs."""
 _STEPS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _GOOD_STEP = 8192
+_LATER = 3
 _SHARES = (0.80, 0.84, 0.88, GPU_SHARE)
 _NUMA_WHY = (
     "NUMA nodes (mostly sockets) that share one copy of the model, each with a worker and cores of its own.",
@@ -43,16 +44,25 @@ class Parameter:
     """What made this range."""
 
 
-def ranked(fit: Fit, levels: Sequence[int]) -> list[Parameter]:
-    """All parameters that may matter here, those first that are worth most; one with a single value is none."""
+def ranked(fit: Fit, levels: Sequence[int], *, promises: bool) -> list[Parameter]:
+    """All parameters that may matter here, those first that are worth most; one with a single value is none.
+
+    `promises`: whether there are latencies to keep. Without them, and with memory for all requests, fewer at once is
+    hardly ever better, and comes later.
+    """
     space = "vllm-gpu" if fit.site.on_gpus else "vllm-cpu"
     comments = explained(space)
     found = _on_gpus(fit, max(levels)) if fit.site.on_gpus else _on_cpus(fit, max(levels))
-    return [
+    parameters = [
         Parameter(name, distribution, comments.get(name, _NUMA_WHY), here)
         for name, distribution, here in found
         if not _is_single(distribution)
     ]
+    if promises or fit.concurrency < fit.concurrency_wanted:
+        return parameters
+    others = [parameter for parameter in parameters if parameter.name != SEQS]
+    later = [parameter for parameter in parameters if parameter.name == SEQS]
+    return [*others[:_LATER], *later, *others[_LATER:]]
 
 
 def constraints(fit: Fit, names: Sequence[str]) -> list[str]:
