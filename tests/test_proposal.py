@@ -18,7 +18,7 @@ from raytune_autotuner.engine import memory
 from raytune_autotuner.engine.memory import GIB, Weights
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.spaces import explained, shipped
+from raytune_autotuner.study.spaces import FOLDER, explained, shipped
 from raytune_autotuner.study.study import Study, load_study, parse_study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.checks import check_study
@@ -91,7 +91,7 @@ def test_every_setting_of_a_proposal_may_fit(tmp_path: Path, site: str, config: 
 def test_a_small_cpu_gets_block_sizes_that_have_kernels_its_cores_and_memory_that_it_has(tmp_path: Path) -> None:
     study = proposed(tmp_path, model(SMOLLM), LAPTOP).study
     space = {name: parameter.bounds for name, parameter in study.space.by_name.items()}
-    assert space["block-size"] == [32, 64, 128]
+    assert space["block-size"] == [32, 64, 128, 256]
     assert space["env:VLLM_CPU_OMP_THREADS_BIND"] == ["auto", "nobind", "0-1"]
     assert space["max-num-seqs"] == [4, 8, 16], "beyond the load it changes nothing"
     assert "tensor-parallel-size" not in space
@@ -377,5 +377,8 @@ def test_any_value_is_read_back_as_it_was_written(value: Any) -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_the_comments_of_a_shipped_space_are_found(name: str) -> None:
-    assert all(explained(name).values())
-    assert "max-num-seqs" in explained(name)
+    found = explained(name)
+    assert {parameter: one.distribution for parameter, one in found.items()} == yaml.safe_load(
+        (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    )["search_space"]
+    assert all(one.why for one in found.values())

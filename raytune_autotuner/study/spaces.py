@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.expressions import parse_expression
@@ -28,15 +31,26 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def explained(name: str) -> dict[str, tuple[str, ...]]:
-    """Each parameter of a shipped space with the lines of comment above it, in the file's order."""
-    found, lines = dict[str, tuple[str, ...]](), list[str]()
-    for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+@dataclass(frozen=True)
+class Explained:
+    """A parameter of a shipped space, as its file has it."""
+
+    distribution: Any
+    why: tuple[str, ...]
+    """The lines of comment above it."""
+
+
+def explained(name: str) -> dict[str, Explained]:
+    """The parameters of a shipped space with their comments, in the file's order."""
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    distributions = yaml.safe_load(text)["search_space"]
+    found, lines = dict[str, Explained](), list[str]()
+    for line in text.splitlines():
         if line.startswith("  # "):
             lines.append(line.removeprefix("  # "))
             continue
-        if parameter := re.match(r"  (\S+): ", line):
-            found[parameter[1]] = tuple(lines)
+        if (parameter := re.match(r"  (\S+): ", line)) and parameter[1] in distributions:
+            found[parameter[1]] = Explained(distributions[parameter[1]], tuple(lines))
         lines = []
     return found
 

@@ -27,6 +27,7 @@ from raytune_autotuner.tune.proposal.fit import Fit
 from raytune_autotuner.tune.proposal.pace import Pace, pace_of
 from raytune_autotuner.tune.proposal.page import Comments, write_page
 from raytune_autotuner.tune.proposal.parameters import (
+    KV_DTYPE,
     QUALITY_TOKENS,
     TENSOR_PARALLEL,
     Parameter,
@@ -90,7 +91,7 @@ class _Draft:
 
     @property
     def raw(self) -> dict[str, Any]:
-        quality: dict[str, Any] = {"quality": {}} if "kv-cache-dtype" in self._names else {}
+        quality: dict[str, Any] = {"quality": {}} if KV_DTYPE in self._names else {}
         conditions = constraints(self.fit, self._names)
         return {
             "study": study_name(self.fit.model.name),
@@ -291,7 +292,7 @@ class _Draft:
             )
         if not self.wishes.limits:
             words["objective",].append("None was asked for. With some:  slo: {ttft_ms: {p90: 500}, tpot_ms: {p90: 50}}")
-        if "kv-cache-dtype" in self._names:
+        if KV_DTYPE in self._names:
             words["quality",] = [
                 "fp8 is among the choices: answers that get worse than the defaults' are a failure. Needs "
                 f"max-model-len of {QUALITY_TOKENS} or more."

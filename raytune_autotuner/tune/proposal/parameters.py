@@ -9,26 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from raytune_autotuner.study.spaces import explained
+from raytune_autotuner.study.spaces import Explained, explained
 from raytune_autotuner.tune.proposal.fit import GPU_SHARE, Fit
 
 TENSOR_PARALLEL = "tensor-parallel-size"
 SEQS = "max-num-seqs"
 BATCHED_TOKENS = "max-num-batched-tokens"
 GPU_UTILIZATION = "gpu-memory-utilization"
+KV_DTYPE = "kv-cache-dtype"
+CHUNKED = "enable-chunked-prefill"
+ALL_REDUCE = "disable-custom-all-reduce"
 THREADS = "env:VLLM_CPU_OMP_THREADS_BIND"
+RESERVED = "env:VLLM_CPU_NUM_OF_RESERVED_CPU"
 QUALITY_TOKENS = 512
 """Of max-model-len, which `quality` needs."""
-_STEPS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _GOOD_STEP = 8192
 _LATER = 3
-_SHARES = (0.80, 0.84, 0.88, GPU_SHARE)
-_NUMA_WHY = (
-    "NUMA nodes (mostly sockets) that share one copy of the model, each with a worker and cores of its own.",
-    "Traps: more than there are NUMA nodes fails under automatic binding; each worker takes a KV cache of its own.",
+# No part of the space for CPUs, as it pays on machines of several sockets only.
+_NUMA = Explained(
+    {"choice": [1, 2, 4, 8]},
+    (
+        "NUMA nodes (mostly sockets) that share one copy of the model, each with a worker and cores of its own.",
+        "Traps: more than there are NUMA nodes fails under automatic binding; each worker takes a KV cache of its own.",
+    ),
 )
+_Ready: TypeAlias = Mapping[str, Explained]
+# A parameter's name, its distribution, and what made its range.
+_Narrowed: TypeAlias = tuple[str, Any, str]
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,11 @@ def ranked(fit: Fit, levels: Sequence[int], *, promises: bool) -> list[Parameter
     `promises`: whether there are latencies to keep. Without them, and with memory for all requests, fewer at once is
     hardly ever better, and comes later.
     """
-    space = "vllm-gpu" if fit.site.on_gpus else "vllm-cpu"
-    comments = explained(space)
-    found = _on_gpus(fit, max(levels)) if fit.site.on_gpus else _on_cpus(fit, max(levels))
+    space = {TENSOR_PARALLEL: _NUMA, **explained("vllm-gpu" if fit.site.on_gpus else "vllm-cpu")}
+    narrowed = _on_gpus(fit, max(levels), space) if fit.site.on_gpus else _on_cpus(fit, max(levels), space)
     parameters = [
-        Parameter(name, distribution, comments.get(name, _NUMA_WHY), here)
-        for name, distribution, here in found
+        Parameter(name, distribution, space[name].why, here)
+        for name, distribution, here in narrowed
         if not _is_single(distribution)
     ]
     if promises or fit.concurrency < fit.concurrency_wanted:
@@ -70,8 +78,8 @@ def constraints(fit: Fit, names: Sequence[str]) -> list[str]:
     found = []
     if SEQS in names and BATCHED_TOKENS in names:
         found.append(f"{BATCHED_TOKENS} >= {SEQS}")
-    if "enable-chunked-prefill" in names:
-        found.append(f"enable-chunked-prefill or {BATCHED_TOKENS} >= max-model-len")
+    if CHUNKED in names:
+        found.append(f"{CHUNKED} or {BATCHED_TOKENS} >= max-model-len")
     if not fit.site.on_gpus and TENSOR_PARALLEL in names and THREADS in names:
         found.append(f'{TENSOR_PARALLEL} == 1 or {THREADS} == "auto"')
     return found
@@ -96,27 +104,28 @@ def first_point(parameters: Sequence[Parameter]) -> dict[str, Any]:
 # --- on CPUs ---
 
 
-def _on_cpus(fit: Fit, concurrency: int) -> Iterator[tuple[str, Any, str]]:
+def _on_cpus(fit: Fit, concurrency: int, space: _Ready) -> Iterator[_Narrowed]:
     cores = min((host.cores for host in fit.site.hosts), key=len)
     nodes = min(len(host.numa_gib) for host in fit.site.hosts)
-    yield SEQS, {"choice": _powers(concurrency)}, _seqs_told(concurrency)
-    yield BATCHED_TOKENS, {"choice": _steps(fit, concurrency)}, _steps_told(fit, concurrency)
+    seqs = [size for size in _values(space, SEQS) if concurrency / 4 <= size <= concurrency]
+    yield SEQS, {"choice": seqs}, _seqs_told(concurrency)
+    steps = _steps(fit, concurrency, space)
+    yield BATCHED_TOKENS, {"choice": steps}, _steps_told(fit, concurrency)
     if nodes > 1:
-        yield TENSOR_PARALLEL, {"choice": list(fit.parallel_sizes)}, f"of the {nodes} NUMA nodes, by the model's heads"
-    yield THREADS, {"choice": _bindings(fit, cores)}, "one thread a core; the last choice is all cores of this machine"
+        yield TENSOR_PARALLEL, _sizes(fit, space), f"of the {nodes} NUMA nodes, by the model's heads"
+    bindings = [*_values(space, THREADS), *_own_cores(fit, cores)]
+    yield THREADS, {"choice": bindings}, "one thread a core; a list of numbers is all cores of this machine"
     if not fit.model.latent:
-        yield "block-size", {"choice": _blocks(fit, (32, 64, 128))}, "multiples of 32, as the CPU's attention wants"
+        yield "block-size", _blocks(fit, space), "multiples of 32 that are no longer than a request"
     if len(cores) > 2:
-        when = f'{THREADS} == "auto"'
-        yield "env:VLLM_CPU_NUM_OF_RESERVED_CPU", {"choice": [0, 1], "when": when}, ""
-    steps = _steps(fit, concurrency)
+        yield RESERVED, space[RESERVED].distribution, ""
     if len(steps) > 1 and steps[-1] >= fit.max_model_len:
-        yield "enable-chunked-prefill", "bool", ""
+        yield CHUNKED, space[CHUNKED].distribution, ""
 
 
-def _bindings(fit: Fit, cores: Sequence[int]) -> list[str]:
-    """With the cores by number where there is one machine: those of others have other numbers."""
-    return ["auto", "nobind", *([as_ranges(cores)] if len(fit.site.hosts) == 1 else [])]
+def _own_cores(fit: Fit, cores: Sequence[int]) -> list[str]:
+    """By number where there is one machine: those of others have other numbers."""
+    return [as_ranges(cores)] if len(fit.site.hosts) == 1 else []
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
@@ -137,57 +146,60 @@ def as_ranges(numbers: Sequence[int]) -> str:
 # --- on GPUs ---
 
 
-def _on_gpus(fit: Fit, concurrency: int) -> Iterator[tuple[str, Any, str]]:
-    sizes = list(fit.parallel_sizes)
-    yield TENSOR_PARALLEL, {"choice": sizes}, "those that divide the model's heads, that one machine has, and that fit"
-    low = max(concurrency // 8, 1)
-    yield SEQS, {"int": [low, concurrency], "log": True}, _seqs_told(concurrency)
-    yield BATCHED_TOKENS, {"choice": _steps(fit, concurrency)}, _steps_told(fit, concurrency)
-    share = _least_share(fit, concurrency)
-    yield GPU_UTILIZATION, {"float": [share, 0.96], "step": 0.04}, f"from {share:g}, where model and one request fit"
+def _on_gpus(fit: Fit, concurrency: int, space: _Ready) -> Iterator[_Narrowed]:
+    sizes = _sizes(fit, space)
+    yield TENSOR_PARALLEL, sizes, "those that divide the model's heads, that one machine has, and that fit"
+    least = min(space[SEQS].distribution["int"][0], concurrency // 4)
+    yield SEQS, {"int": [max(least, 1), concurrency], "log": True}, _seqs_told(concurrency)
+    yield BATCHED_TOKENS, {"choice": _steps(fit, concurrency, space)}, _steps_told(fit, concurrency)
+    shares = _shares(fit, concurrency, space)
+    yield GPU_UTILIZATION, shares, f"from {shares['float'][0]:g}, where model and one request fit"
     if fit.concurrency < fit.concurrency_wanted and fit.max_model_len >= QUALITY_TOKENS:
-        yield "kv-cache-dtype", {"choice": ["auto", "fp8"]}, "as the KV cache limits the requests in flight"
-    yield "async-scheduling", "bool", ""
-    yield "max-cudagraph-capture-size", {"choice": [128, 256, 512]}, ""
+        yield KV_DTYPE, space[KV_DTYPE].distribution, "searched, as the KV cache limits the requests in flight"
+    for name in ("async-scheduling", "max-cudagraph-capture-size"):
+        yield name, space[name].distribution, ""
     if not fit.model.latent:
-        yield "block-size", {"choice": _blocks(fit, (16, 32, 64))}, ""
-    if sizes[-1] > 1:
-        when = f"{TENSOR_PARALLEL} > 1" if len(sizes) > 1 else None
-        choice = {"choice": [False, True], **({"when": when} if when else {})}
-        yield "disable-custom-all-reduce", choice, ""
+        yield "block-size", _blocks(fit, space), ""
+    if sizes["choice"][-1] > 1:
+        several = len(sizes["choice"]) > 1
+        distribution = space[ALL_REDUCE].distribution
+        yield ALL_REDUCE, distribution if several else {"choice": distribution["choice"]}, ""
 
 
-def _least_share(fit: Fit, concurrency: int) -> float:
-    """Of the GPU's memory: the least at which the largest batches of the space fit on the fewest GPUs."""
-    largest = {TENSOR_PARALLEL: fit.parallel_sizes[0], SEQS: concurrency, BATCHED_TOKENS: _steps(fit, concurrency)[-1]}
-    fitting = [share for share in _SHARES if fit.refused({**largest, GPU_UTILIZATION: share}) is None]
-    return fitting[0] if fitting else GPU_SHARE
+def _shares(fit: Fit, concurrency: int, space: _Ready) -> dict[str, Any]:
+    """Of the GPU's memory: from the least at which the largest batches of the space fit on the fewest GPUs."""
+    ready = space[GPU_UTILIZATION].distribution
+    (low, high), step = ready["float"], ready["step"]
+    most = _steps(fit, concurrency, space)[-1]
+    while low + step < high and not _fits(fit, most, concurrency, low):
+        low = round(low + step, 4)
+    return {"float": [low, high], "step": step}
 
 
 # --- on both ---
 
 
-def _powers(most: int) -> list[int]:
-    """Halved twice from `most` down.
-
-    >>> _powers(16), _powers(2)
-    ([4, 8, 16], [1, 2])
-    """
-    return sorted({most // 4, most // 2, most} - {0})
+def _values(space: _Ready, name: str) -> list[Any]:
+    return list(space[name].distribution["choice"])
 
 
-def _steps(fit: Fit, concurrency: int) -> list[int]:
+def _sizes(fit: Fit, space: _Ready) -> dict[str, Any]:
+    return {"choice": [size for size in _values(space, TENSOR_PARALLEL) if size in fit.parallel_sizes]}
+
+
+def _steps(fit: Fit, concurrency: int, space: _Ready) -> list[int]:
     """Tokens of a step, up to all prompts in flight at once, as far as they fit; at least one value."""
+    steps = _values(space, BATCHED_TOKENS)
     at_once = concurrency * fit.traffic.tokens_in.most
-    wanted = next((step for step in _STEPS if step >= at_once), _STEPS[-1])
-    least = 1024 if fit.site.on_gpus else 256
-    steps = [step for step in _STEPS if min(least, wanted) <= step <= wanted]
-    return [step for step in steps if not fit.site.on_gpus or _fits(fit, step, concurrency)] or steps[:1]
+    most = next((step for step in steps if step >= at_once), steps[-1])
+    fitting = [step for step in steps if step <= most and _fits(fit, step, concurrency, GPU_SHARE)]
+    return fitting or steps[:1]
 
 
-def _fits(fit: Fit, step: int, concurrency: int) -> bool:
+def _fits(fit: Fit, step: int, concurrency: int, share: float) -> bool:
+    """Whether the fewest GPUs hold the largest batches; on a CPU batches are no matter of memory."""
     sizes = {TENSOR_PARALLEL: fit.parallel_sizes[0], SEQS: concurrency, BATCHED_TOKENS: step}
-    return fit.refused({**sizes, GPU_UTILIZATION: GPU_SHARE}) is None
+    return not fit.site.on_gpus or fit.refused({**sizes, GPU_UTILIZATION: share}) is None
 
 
 def _seqs_told(concurrency: int) -> str:
@@ -199,12 +211,14 @@ def _steps_told(fit: Fit, concurrency: int) -> str:
     return f"{concurrency} prompts of {each:,} tokens are {concurrency * each:,}; more in a step changes nothing"
 
 
-def _blocks(fit: Fit, sizes: Sequence[int]) -> list[int]:
-    return [size for size in sizes if size <= max(fit.max_model_len, sizes[0])]
+def _blocks(fit: Fit, space: _Ready) -> dict[str, Any]:
+    sizes = _values(space, "block-size")
+    return {"choice": [size for size in sizes if size <= max(fit.max_model_len, sizes[0])]}
 
 
 def _is_single(distribution: Any) -> bool:
+    """Whether there is nothing to choose."""
     if not isinstance(distribution, Mapping):
         return False
     values = next(iter(distribution.values()))
-    return len(values) < 2 or ("choice" not in distribution and values[0] == values[1])
+    return len(values) < 2 or values[0] == values[1]
