@@ -224,10 +224,13 @@ def _init(arguments: argparse.Namespace) -> int:
     output: Path | None = arguments.output
     if output is not None and output.exists():
         raise ConfigError(f"--output {output}: exists already; name another file, or remove it.")
-    wishes = parse_wishes(arguments.model, arguments.traffic, arguments.slo, arguments.minutes)
-    model = facts.look_at_model(wishes.model)
-    address = arguments.address
-    site = facts.look_at_cluster(model.name, address) if address else facts.look_at_this_machine(model.name)
+    python: Path | None = arguments.python
+    wishes = parse_wishes(arguments.model, arguments.traffic, arguments.slo, arguments.minutes, python)
+    model, address = facts.look_at_model(wishes.model, python), arguments.address
+    if address:
+        site = facts.look_at_cluster(model.name, address, python)
+    else:
+        site = facts.look_at_this_machine(model.name, python)
     proposal = propose(wishes, model, site, arguments.results)
     if output is None:
         print(proposal.text, end="")
@@ -362,6 +365,7 @@ def _add_init(init: argparse.ArgumentParser) -> None:
     slo = "a promise, in milliseconds: ttft_ms.p90=500; may be given several times (latencies: docs/metrics.md)"
     init.add_argument("--slo", action="append", default=[], metavar="METRIC.STAT=MS", help=slo)
     init.add_argument("--minutes", type=float, metavar="N", help="for everything, verification included")
+    init.add_argument("--python", type=Path, metavar="PATH", help="the Python that has vLLM in it; default: this one")
     init.add_argument("--output", type=Path, metavar="FILE", help="a new file; default: standard output")
     init.add_argument("--address", metavar="A", help="of a running Ray cluster, whose nodes the study is to fit")
     results = "where runs leave their folders: earlier ones of the model tell how long a trial takes"

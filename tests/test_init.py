@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_a_wrong_option_is_told_and_nothing_is_written(
     assert told in said.err
     assert len(said.err.splitlines()) <= 3
     assert [path.name for path in Path().iterdir()] == ["hub"]
+
+
+def test_the_python_with_the_engine_is_asked_and_written_down(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without any packages
+    other.chmod(0o755)
+    assert main(["init", str(folder), "--python", str(other), "--output", "study.yaml"]) == 0
+    assert "no vLLM is installed in this Python" in capsys.readouterr().err
+    assert load_study(Path("study.yaml")).engine.python == other
+    assert main(["init", str(folder), "--python", "no/python"]) == 2
+    assert "does not run as a Python" in capsys.readouterr().err
 
 
 def test_a_model_in_the_hubs_cache_is_looked_at(tmp_path: Path) -> None:

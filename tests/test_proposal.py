@@ -216,7 +216,7 @@ def test_earlier_runs_of_the_model_tell_how_long_a_trial_takes(tmp_path: Path) -
     row = TrialRow(0, "a", "baseline", {}, State.MEASURED, TrialResult(seconds=seconds))
     ResultsFolder.create(tmp_path / "results", first.study).write_rows([row])
     again = proposed(tmp_path, model(SMOLLM), LAPTOP)
-    assert again.plan.trial_s == pytest.approx(310)
+    assert again.plan.trial_s == pytest.approx(310 + 2.5), "Ray's actor comes on top"
     assert "by 1 trial of earlier runs" in again.text
     other = proposed(tmp_path, model(SMOLLM, name="org/other"), LAPTOP)
     assert other.plan.trial_s == first.plan.trial_s
@@ -272,7 +272,7 @@ def wishes(draw: st.DrawFn, which: Model) -> Wishes:
     return Wishes(which.name, traffic, slo, draw(st.sampled_from([None, 7.3, 60, 100_000])))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), which=models(), site=sites())
 def test_any_proposal_is_a_sound_study_that_fits(tmp_path: Path, data: st.DataObject, which: Model, site: Site) -> None:
     wanted = data.draw(wishes(which))

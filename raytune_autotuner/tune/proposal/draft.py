@@ -20,7 +20,7 @@ import yaml
 from raytune_autotuner.engine import models
 from raytune_autotuner.report.status import format_duration
 from raytune_autotuner.study.errors import ConfigError, shown
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.study import EngineSpec, Study, parse_study
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.proposal.facts import Model, Site
 from raytune_autotuner.tune.proposal.fit import Fit
@@ -96,7 +96,7 @@ class _Draft:
         return {
             "study": study_name(self.fit.model.name),
             "model": self.fit.model.name,
-            "engine": {"kind": "vllm", "args": self._args, **self._env},
+            "engine": {"kind": "vllm", **self._python, "args": self._args, **self._env},
             "search_space": {parameter.name: parameter.distribution for parameter in self._parameters},
             **({"constraints": conditions} if conditions else {}),
             "workload": self._workload,
@@ -120,6 +120,11 @@ class _Draft:
     @property
     def _names(self) -> list[str]:
         return [parameter.name for parameter in self._parameters]
+
+    @property
+    def _python(self) -> dict[str, str]:
+        python = EngineSpec(python=self.wishes.python).python
+        return {} if python is None else {"python": str(python)}
 
     @property
     def _args(self) -> dict[str, Any]:
@@ -213,6 +218,7 @@ class _Draft:
         """The lines above each key."""
         fixed: dict[tuple[str, ...], list[str]] = {
             ("study",): ["Names the results folder: results/<study>-<time>/"],
+            ("engine", "python"): ["The Python that has vLLM in it."],
             ("engine", "args"): ["Flags of every trial, the baseline too: vLLM's own names, without the dashes."],
             ("engine", "args", "max-model-len"): self._length_words,
             ("engine", "args", "enforce-eager"): [

