@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,7 +74,7 @@ CASES = {
         Case("driver SIGINT", outside="interrupt driver", states=("interrupted",), exit_code=130, own_ray=True),
         Case("driver SIGINT twice", outside="interrupt driver twice", states=None, exit_code=130, own_ray=True),
         Case("driver SIGTERM", outside="terminate driver", states=("interrupted",), exit_code=130, own_ray=True),
-        Case("driver SIGKILLed", outside="kill driver", states=(), exit_code=-signal.SIGKILL, own_ray=True),
+        Case("driver SIGKILLed", outside="kill driver", states=("pending",), exit_code=-signal.SIGKILL, own_ray=True),
         Case("raylet killed", outside="kill raylet", states=None, exit_code=1, own_ray=True),
     )
 }
@@ -193,7 +193,7 @@ def _watch(case: Case, study: Path, driver: subprocess.Popen[bytes]) -> Outcome:
     trial = _await(lambda: _first_trial(study), driver)
     tree = _await(lambda: _tree(trial), driver)
     actor = _process(_await(lambda: actor_of(trial.parents[1].name, trial.name.split("-", 1)[1]), driver))
-    rays = _rays(driver.pid) if case.own_ray else []
+    rays = rays_of(driver.pid) if case.own_ray else []
     outcome = Outcome(case, folder=ResultsFolder.open(trial.parents[1]))
     if case.inside:
         _await((trial / "acted").exists, driver)
@@ -204,7 +204,7 @@ def _watch(case: Case, study: Path, driver: subprocess.Popen[bytes]) -> Outcome:
     outcome.gone_s = max(time.time() - begun, 0.0)
     outcome.exit_code = driver.wait(120)
     outcome.ended_s = time.time() - begun
-    outcome.rays_left = _left_of(rays)
+    outcome.rays_left = left_of(rays)
     outcome.marked = marks(trial.parents[1].name)
     outcome.states = tuple(str(row.state) for row in outcome.folder.read_rows()) if outcome.folder else ()
     if not case.inside and outcome.folder:
@@ -281,7 +281,7 @@ def _survivors(tree: dict[str, Process]) -> list[str]:
     return left
 
 
-def _rays(driver: int) -> list[Process]:
+def rays_of(driver: int) -> list[Process]:
     """The Ray below `driver`, but for its two agents, which take more than a minute to notice that they are alone."""
     return [process for process in descendants(driver) if not _command(process).startswith(_AGENTS)]
 
@@ -293,7 +293,7 @@ def _command(process: Process) -> str:
         return ""
 
 
-def _left_of(processes: list[Process]) -> list[str]:
+def left_of(processes: Sequence[Process]) -> list[str]:
     """The command lines of those that do not end within a minute."""
     until = time.monotonic() + _RAYS_PATIENCE_S
     while (left := [process for process in processes if process.alive]) and time.monotonic() < until:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import FIFOScheduler
 
+from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.study.study import Study, parse_study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 from raytune_autotuner.tune.early_stop import LAST, LOADED, LOADS, StopHopeless
@@ -38,10 +39,13 @@ class Search:
         self.study = make_study(direction, **changes)
         self.rows: dict[str, TrialRow] = {}
         self.stopped: dict[str, float] = {}
-        self.scheduler = StopHopeless(self.study, lambda: [*self.rows.values()], self.stopped.__setitem__)
+        self.scheduler = StopHopeless(self.study, self.rows.__getitem__, self._best, self.stopped.__setitem__)
 
-    def begins(self, trial_id: str, name: str = "") -> None:
-        self.rows[trial_id] = TrialRow(len(self.rows), trial_id, name, {}, State.RUNNING)
+    def _best(self) -> TrialRow | None:
+        return best_so_far(self.rows.values(), self.study.objective.direction)
+
+    def begins(self, trial_id: str, name: str = "", verifies: int | None = None) -> None:
+        self.rows[trial_id] = TrialRow(len(self.rows), trial_id, name, {}, State.RUNNING, verifies=verifies)
 
     def says(self, trial_id: str, last: bool = False, loaded: bool = False, **loads: list[float]) -> str:
         return self.scheduler.on_trial_result(None, RayTrial(trial_id), report(last, loaded, **loads))
@@ -121,6 +125,7 @@ def test_the_baseline_goes_through_all_its_loads() -> None:
 def test_a_trial_that_is_no_part_of_the_search_is_left_alone() -> None:
     search = Search()
     search.measured("a", 100.0, c8=[100.0, 100.0, 100.0])
+    search.begins("restart-of-a", verifies=0)
     assert search.says("restart-of-a", c8=[1.0]) == CONTINUE
 
 

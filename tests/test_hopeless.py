@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.score.hopeless import ENOUGH_PAIRS, USUAL_NOISE, WIDTH, Values, bound, can_be_judged, spread
+from raytune_autotuner.score.hopeless import ENOUGH_PAIRS, USUAL_NOISE, WIDTH, Seen, Values, can_be_judged
 from raytune_autotuner.study.study import Direction, parse_study
 from tests.studies import BASE, merged
 
@@ -51,12 +51,12 @@ def _without_none(value: Any) -> Any:
 
 
 def test_what_was_measured_counts_with_three_times_its_uncertainty() -> None:
-    assert bound({"c8": [100.0]}, [], ["c8"], "maximize") == pytest.approx(100 * math.exp(WIDTH * USUAL_NOISE))
-    assert bound({"c8": [100.0]}, [], ["c8"], "minimize") == pytest.approx(100 / math.exp(WIDTH * USUAL_NOISE))
+    assert Seen("maximize", []).bound({"c8": [100.0]}, ["c8"]) == pytest.approx(100 * math.exp(WIDTH * USUAL_NOISE))
+    assert Seen("minimize", []).bound({"c8": [100.0]}, ["c8"]) == pytest.approx(100 / math.exp(WIDTH * USUAL_NOISE))
 
 
 def test_more_rounds_narrow_the_interval() -> None:
-    widths = [bound({"c8": [100.0] * n}, noise(0.05), ["c8"], "maximize") for n in (1, 2, 3)]
+    widths = [Seen("maximize", noise(0.05)).bound({"c8": [100.0] * n}, ["c8"]) for n in (1, 2, 3)]
     assert all(width is not None for width in widths)
     assert widths == sorted(widths, key=lambda width: -(width or 0))
 
@@ -64,24 +64,24 @@ def test_more_rounds_narrow_the_interval() -> None:
 def test_a_level_that_is_not_measured_yet_counts_as_the_best_seen_there() -> None:
     others: list[Values] = [{"c8": [10.0], "c32": [40.0]}, {"c8": [11.0], "c32": [60.0]}]
     far = math.exp(WIDTH * USUAL_NOISE)
-    assert bound({"c8": [20.0]}, others, LEVELS, "maximize") == pytest.approx((20 * far + 60 * far) / 2)
-    assert bound({"c8": [20.0]}, others, LEVELS, "minimize") == pytest.approx((20 / far + 40 / far) / 2)
+    assert Seen("maximize", others).bound({"c8": [20.0]}, LEVELS) == pytest.approx((20 * far + 60 * far) / 2)
+    assert Seen("minimize", others).bound({"c8": [20.0]}, LEVELS) == pytest.approx((20 / far + 40 / far) / 2)
 
 
 def test_a_level_that_nobody_has_measured_leaves_everything_open() -> None:
-    assert bound({"c8": [1.0]}, [{"c8": [100.0]}], LEVELS, "maximize") is None
-    assert bound({}, [], [], "maximize") is None
+    assert Seen("maximize", [{"c8": [100.0]}]).bound({"c8": [1.0]}, LEVELS) is None
+    assert Seen("maximize", []).bound({}, []) is None
 
 
 def test_the_usual_noise_is_taken_for_granted_until_enough_was_seen() -> None:
-    assert spread([]) == USUAL_NOISE
-    assert spread(noise(0.2, ENOUGH_PAIRS - 1)) == USUAL_NOISE
-    assert spread(noise(0.2, ENOUGH_PAIRS)) == pytest.approx(0.2)
+    assert Seen("maximize").noise({}) == USUAL_NOISE
+    assert Seen("maximize", noise(0.2, ENOUGH_PAIRS - 1)).noise({}) == USUAL_NOISE
+    assert Seen("maximize", noise(0.2, ENOUGH_PAIRS)).noise({}) == pytest.approx(0.2)
 
 
 def test_levels_that_differ_and_values_of_zero_are_no_noise() -> None:
-    assert spread([{"c8": [1.0, 1.0], "c32": [50.0, 50.0]} for _ in range(5)]) == 0.0
-    assert spread([{"c8": [0.0, 1.0, 1.0]} for _ in range(6)]) == 0.0
+    assert Seen("maximize", [{"c8": [1.0, 1.0], "c32": [50.0, 50.0]} for _ in range(5)]).noise({}) == 0.0
+    assert Seen("maximize", [{"c8": [0.0, 1.0, 1.0]} for _ in range(6)]).noise({}) == 0.0
 
 
 @given(so_far=trials, others=st.lists(whole, max_size=4), direction=st.sampled_from(["maximize", "minimize"]))
@@ -89,7 +89,7 @@ def test_the_bound_is_never_worse_than_what_was_measured_so_far(
     so_far: dict[str, list[float]], others: list[dict[str, list[float]]], direction: Direction
 ) -> None:
     measured = [sum(found) / len(found) for found in so_far.values()]
-    reached = bound(so_far, others, list(so_far), direction)
+    reached = Seen(direction, others).bound(so_far, list(so_far))
     assert reached is not None
     mean = sum(measured) / len(measured)
     assert reached >= mean * (1 - 1e-9) if direction == "maximize" else reached <= mean * (1 + 1e-9)
@@ -107,6 +107,6 @@ def test_a_trial_within_its_noise_keeps_its_end_within_the_bound(
     rounds = [true * math.exp(0.05 * shift) for shift in shifts]
     whole_mean = sum(rounds) / len(rounds)
     for n in range(1, len(rounds)):
-        reached = bound({"c8": rounds[:n]}, noise(0.05, 40), ["c8"], direction)
+        reached = Seen(direction, noise(0.05, 40)).bound({"c8": rounds[:n]}, ["c8"])
         assert reached is not None
         assert reached >= whole_mean * 0.999 if direction == "maximize" else reached <= whole_mean * 1.001

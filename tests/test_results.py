@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from raytune_autotuner.report.masking import mask, mask_launch, mask_values
 from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_json, write_result, write_text
+from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import (
     LiveTrial,
     StudyStatus,
@@ -192,6 +194,53 @@ def test_a_driver_killed_while_writing_leaves_the_rows_before_it(folder: Results
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     assert folder.read_rows() == sample_rows()[:2]
+
+
+def test_trials_are_put_down_as_they_end_and_half_a_line_is_none(folder: ResultsFolder) -> None:
+    rows = sample_rows()
+    for row in (rows[1], rows[0], rows[3]):
+        folder.add_row(row)
+    with folder.rows_file.open("a") as file:
+        file.write('{"number": 2, "trial')
+    assert folder.read_rows() == [rows[0], rows[1], rows[3]]
+
+
+def test_a_trial_that_has_not_ended_is_told_as_it_was_suggested(folder: ResultsFolder) -> None:
+    suggested = replace(running(1, setting(8)), state=State.PENDING)
+    folder.add_suggestion(suggested)
+    assert folder.read_rows() == [suggested]
+    folder.add_row(measured(0, 100.0))
+    write_status(folder, replace(StudyStatus.begin(1), live=(LiveTrial(1, Stage.WEIGHTS, 0.4, 21.0, 600.0),)))
+    assert "1 of 12 trials (1 running, 1 measured)" in render_status(folder)
+    folder.add_row(measured(1, 90.0, setting(8)))
+    assert folder.read_rows() == [measured(0, 100.0), measured(1, 90.0, setting(8))]
+
+
+def test_a_full_disk_leaves_the_trials_that_there_were(folder: ResultsFolder) -> None:
+    folder.add_row(measured(0, 100.0))
+    size, limits = folder.rows_file.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))  # the first ten bytes of the line still fit
+    try:
+        with pytest.raises(OSError, match="too large"):
+            folder.add_row(measured(1, 90.0, setting(8)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert folder.rows_file.stat().st_size == size
+    assert folder.read_rows() == [measured(0, 100.0)]
+
+
+def test_what_costs_much_is_done_seldom() -> None:
+    clock, times = [0.0], list[float]()
+
+    def act() -> None:
+        times.append(clock[0])
+        clock[0] += 1.0
+
+    sparing = Sparing(act, lambda: clock[0])
+    while clock[0] < 100:
+        sparing()
+        clock[0] += 0.5
+    assert times == [0.0, 20.0, 40.0, 60.0, 80.0]
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:

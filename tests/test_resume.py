@@ -16,7 +16,7 @@ from raytune_autotuner.report.status import StudyStatus, write_status
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study, load_study
 from raytune_autotuner.study.trial import State, TrialRow
-from raytune_autotuner.tune.resume import SUGGESTION, kept_rows, unfinished_run
+from raytune_autotuner.tune.resume import kept_rows, unfinished_run
 from tests.studies import command, marks, only_run, optuna_trials, write_study
 
 
@@ -73,10 +73,7 @@ def test_a_result_that_the_driver_did_not_live_to_see_is_kept(tmp_path: Path) ->
     _, run = begun(tmp_path)
     run.write_rows([TrialRow(0, "a", "baseline", {}, State.MEASURED, score=1.0)])
     for number, trial_id in ((0, "a"), (1, "b"), (2, "c")):
-        folder = run.trial_dir(number, trial_id)
-        folder.mkdir()
-        row = TrialRow(number, trial_id, "", {"max-num-seqs": 2})
-        (folder / SUGGESTION).write_text(json.dumps(row.to_dict()))
+        run.add_suggestion(TrialRow(number, trial_id, "", {"max-num-seqs": 2}))
     (run.trial_dir(1, "b") / "result.json").write_text(json.dumps({"metrics": {"drift": 0.5}, "failure": None}))
     rows = kept_rows(run)
     assert [(row.number, row.state) for row in rows] == [

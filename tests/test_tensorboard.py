@@ -33,8 +33,6 @@ def folder(tmp_path: Path) -> ResultsFolder:
             writer.round(row, 1, {METRIC: row.score - 10})
             writer.round(row, 2, {METRIC: row.score - 1})
         writer.ended(row)
-    writer.close()
-    writer.close()
     return made
 
 
@@ -104,7 +102,6 @@ def test_a_running_trial_can_be_watched(tmp_path: Path) -> None:
     row = measured(1, 50.0, setting(4))
     writer.round(row, 1, {METRIC: 40.0})
     assert scalars(made.find_trial_dir(1)) == {f"throughput/{METRIC}": [(1, 40)]}
-    writer.close()
 
 
 def test_a_parameter_of_the_baseline_is_shown_where_the_study_fixes_it(tmp_path: Path) -> None:
@@ -112,7 +109,6 @@ def test_a_parameter_of_the_baseline_is_shown_where_the_study_fixes_it(tmp_path:
     made = ResultsFolder.create(tmp_path, study)
     writer = TensorBoardWriter(made, study)
     writer.ended(failed(0))
-    writer.close()
     start = hparams(made.find_trial_dir(0), "session_start_info").session_start_info.hparams
     assert set(start) == {"max-num-seqs", "trial"}
     assert start["trial"].string_value == "0 baseline"
@@ -125,7 +121,6 @@ def test_restarts_are_curves_of_their_own_and_the_verdict_is_text(tmp_path: Path
     for row in rows:
         writer.ended(row)
     writer.verdict(study_verdict(study, rows))
-    writer.close()
     found = scalars(made.path)
     assert found["study/best_score"] == [(0, 100), (2, 143), (3, 143)]
     assert found[f"verification/{METRIC}/trial_2"] == [(0, 140), (1, 137), (2, 144), (3, 138), (4, 141)]
@@ -142,7 +137,6 @@ def test_every_objective_has_its_scalar(tmp_path: Path) -> None:
     made = ResultsFolder.create(tmp_path, study)
     writer = TensorBoardWriter(made, study)
     writer.ended(replace(measured(0, 100.0), scores=(100.0, 50.0)))
-    writer.close()
     found = scalars(made.find_trial_dir(0))
     assert (found[f"outcome/score:{METRIC}"], found["outcome/score:tpot_ms_p90"]) == ([(1, 100)], [(1, 50)])
 
@@ -154,7 +148,6 @@ def test_a_trials_load_is_a_curve_over_its_seconds_at_the_time_at_which_it_ran(t
     writer = TensorBoardWriter(made, study)
     before = time.time()
     writer.ended(row)
-    writer.close()
     read = events(made.find_trial_dir(2))
     records = requests(143.0)
     loads = [max(r.end_s for r in records if r.level == level) for level in LEVELS]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.status import LiveTrial
-from raytune_autotuner.report.verdict import best_so_far
+from raytune_autotuner.report.verdict import best_with
 from raytune_autotuner.report.wording import describe_params, format_number, verification_of
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Stage
@@ -39,13 +39,17 @@ class Events:
         self._started: set[int] = set()
         self._ended: set[int] = set()
         self._stages: dict[int, Stage] = {}
-        self._best: int | None = None
+        self._best: TrialRow | None = None
+        self._told = 0
 
     def since(self, rows: Sequence[TrialRow], live: Mapping[int, LiveTrial]) -> list[Event]:
-        """The events between the last call and now, by trial."""
-        return [event for row in sorted(rows, key=lambda row: row.number) for event in self._of(row, rows, live)]
+        """The events between the last call and now, by trial; `rows` are all trials by number."""
+        events = [event for row in rows[self._told :] for event in self._of(row, live)]
+        while self._told < len(rows) and rows[self._told].number in self._ended:
+            self._told += 1
+        return events
 
-    def _of(self, row: TrialRow, rows: Sequence[TrialRow], live: Mapping[int, LiveTrial]) -> Iterator[Event]:
+    def _of(self, row: TrialRow, live: Mapping[int, LiveTrial]) -> Iterator[Event]:
         number = row.number
         if row.state is State.PENDING or number in self._ended:
             return
@@ -57,7 +61,7 @@ class Events:
         if row.state.finished:
             self._ended.add(number)
             yield from self._ready_before_end(row)
-            yield self._end(row, rows)
+            yield self._end(row)
 
     def _start(self, row: TrialRow) -> str:
         again = "" if row.retry_of is None else f" again (was trial {row.retry_of})"
@@ -85,17 +89,17 @@ class Events:
         if "start" in row.result.seconds and known.order < Stage.READY.order and row.state is State.MEASURED:
             yield Event(row.number, Stage.READY, f"ready in {row.result.seconds['start']:.1f} s")
 
-    def _end(self, row: TrialRow, rows: Sequence[TrialRow]) -> Event:
+    def _end(self, row: TrialRow) -> Event:
         failure = row.result.failure
         if row.state is State.MEASURED:
-            return Event(row.number, Stage.LOAD, self._measured(row, rows))
+            return Event(row.number, Stage.LOAD, self._measured(row))
         if row.bound is not None:
             return Event(row.number, Stage.LOAD, self._stopped(row))
         if failure is None:
             return Event(row.number, None, f"{row.state} after {row.result.seconds.get('total', 0.0):.1f} s")
         return Event(row.number, failure.stage, self._failed(row))
 
-    def _measured(self, row: TrialRow, rows: Sequence[TrialRow]) -> str:
+    def _measured(self, row: TrialRow) -> str:
         values = zip(self._study.objective.targets, scores_of(row), strict=False)
         parts = ["measured " + ", ".join(f"{metric} {format_number(score)}" for (metric, _), score in values)]
         if purpose := verification_of(row, self._study.verify.restarts):
@@ -106,9 +110,8 @@ class Events:
             parts[0] += f" (x{row.relative:.2f} of baseline)"
         if not row.feasible:
             parts.append(f"misses an SLO (violation {format_number(row.violation or 0.0)})")
-        best = best_so_far(rows, self._study.objective.direction) if row.verifies is None else None
-        if best is not None and best.number == row.number and self._best != best.number:
-            self._best = best.number
+        before, self._best = self._best, best_with(self._best, row, self._study.objective.direction)
+        if self._best is not before:
             parts.append("best so far" if len(self._study.objective.targets) == 1 else "best so far in the first")
         if self._verbose:
             parts += [f"{name} {format_number(value)}" for name, value in shown_metrics(self._study, [row]).items()]

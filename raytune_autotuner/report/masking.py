@@ -64,6 +64,8 @@ def _own_secrets() -> tuple[str, ...]:
 
 def mask_values(value: Any) -> Any:
     """JSON-like `value` with every secret replaced, also those that only their key gives away."""
+    if value is None or isinstance(value, (int, float)):  # most are, and asking for a Mapping takes ten times as long
+        return value
     if isinstance(value, Mapping):
         return {
             key: MASK if isinstance(item, str) and is_secret(str(key)) else mask_values(item)

@@ -4,10 +4,11 @@
         study.yaml  versions.json  status.json  verdict.json
         trials.jsonl  trials.parquet  trials.csv
         optuna.log  study.log  best.yaml  launch.sh
-        trials/<number>-<id>/  trial.log  engine.log  load.log  command.json  requests.parquet  result.json
+        trials/<number>-<id>/  trial.json  trial.log  engine.log  load.log  command.json  requests.parquet  result.json
 
-`trials.jsonl` is the truth (a `TrialRow` a line); Parquet and CSV are made from it, for other programs. Every file
-replaces the one before by a rename, so a driver that is killed leaves the last whole state. Secrets are masked.
+`trials.jsonl` is the truth: a `TrialRow` a line, put there at the trial's end and by number once the study is over.
+Parquet and CSV are made from it, for other programs, and are a little behind it in a large study that runs. Every other
+file replaces the one before by a rename; so a driver that is killed leaves the last whole state. Secrets are masked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +36,8 @@ from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study, load_study
 from raytune_autotuner.study.trial import TrialResult, TrialRow
 
+SUGGESTION = "trial.json"
+"""A trial's row as it was suggested, in its folder: what is known of one until it has ended."""
 _RUN_NAME = re.compile(r"(?P<study>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<n>\d+))?")
 
 
@@ -170,16 +174,37 @@ class ResultsFolder:
     def write_rows(self, rows: Sequence[TrialRow]) -> None:
         """Replace the results table by `rows`, the truth first."""
         ordered = sorted(rows, key=lambda row: row.number)
-        lines = (json.dumps(mask_values(row.to_dict()), allow_nan=False) for row in ordered)
-        write_text(self.rows_file, "".join(f"{line}\n" for line in lines), durable=True)
-        _write_tables(ordered, self._objectives(ordered), self.parquet_file, self.csv_file)
+        write_text(self.rows_file, "".join(map(_line, ordered)), durable=True)
+        self.write_tables(ordered)
+
+    def add_row(self, row: TrialRow) -> None:
+        """Put a trial that has ended into `trials.jsonl`, whole or not at all; call it once a trial."""
+        append(self.rows_file, _line(row))
+
+    def write_tables(self, rows: Sequence[TrialRow]) -> None:
+        """Replace Parquet and CSV; `rows` by number."""
+        _write_tables(rows, self._objectives(rows), self.parquet_file, self.csv_file)
+
+    def add_suggestion(self, row: TrialRow) -> None:
+        """Make the trial's folder, with its row as it was suggested."""
+        trial_dir = self.trial_dir(row.number, row.trial_id)
+        trial_dir.mkdir(parents=True, exist_ok=True)
+        write_json(trial_dir / SUGGESTION, row.to_dict())
 
     def read_rows(self) -> list[TrialRow]:
-        """What `write_rows` wrote last, by number; empty before that."""
-        if not self.rows_file.exists():
-            return []
-        lines = self.rows_file.read_text(encoding="utf-8").splitlines()
-        return [TrialRow.from_dict(json.loads(line)) for line in lines]
+        """All trials by number: as they ended, those that have not ended as they were suggested."""
+        lines = self.rows_file.read_bytes().split(b"\n") if self.rows_file.exists() else [b""]
+        # After the last line end comes half a line: of a driver that was killed, or that is writing it.
+        ended = {row.number: row for row in (TrialRow.from_dict(json.loads(line)) for line in lines[:-1])}
+        return sorted([*ended.values(), *self._suggested(ended)], key=lambda row: row.number)
+
+    def _suggested(self, ended: Container[int]) -> Iterator[TrialRow]:
+        """The trials that have begun and are not among the `ended`."""
+        for entry in os.scandir(self.trials_dir) if self.trials_dir.is_dir() else ():
+            number = entry.name.partition("-")[0]
+            if number.isdecimal() and int(number) not in ended:
+                with suppress(FileNotFoundError):
+                    yield TrialRow.from_dict(json.loads(Path(entry.path, SUGGESTION).read_text(encoding="utf-8")))
 
     def read_row(self, number: int) -> TrialRow:
         """The row of trial `number`; raises `ConfigError` where there is none."""
@@ -247,6 +272,19 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
     write_text(path, text + "\n", durable=durable)
 
 
+def append(path: Path, text: str) -> None:
+    """Add `text` to `path`, through a power cut too; an error leaves the file as it was."""
+    with path.open("ab", buffering=0) as file:
+        size, left = file.tell(), text.encode("utf-8")
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def write_text(path: Path, text: str, *, durable: bool = False, mode: int | None = None) -> None:
     """Replace `path` by `text`, whole or not at all; `durable`: also through a power cut."""
     with atomically(path) as part:
@@ -274,6 +312,10 @@ class atomically:
             self._part.replace(self._path)
         else:
             self._part.unlink(missing_ok=True)
+
+
+def _line(row: TrialRow) -> str:
+    return json.dumps(mask_values(row.to_dict()), allow_nan=False) + "\n"
 
 
 def flat_row(row: TrialRow, objectives: Sequence[str] = ()) -> dict[str, Any]:
@@ -340,17 +382,9 @@ def _plain(model: BaseModel) -> dict[str, Any]:
 def _columns(rows: Sequence[TrialRow], objectives: Sequence[str]) -> dict[str, list[Any]]:
     """Column to cells; parameters, metrics and seconds in the order in which they are met."""
     flat = [mask_values(flat_row(row, objectives)) for row in rows]
-    names = dict.fromkeys(
-        name for prefix in ("", "param:", "seconds:") for row in flat for name in _of_group(row, prefix)
-    )
+    met = dict.fromkeys(name for row in flat for name in row)
+    names = sorted(met, key=lambda name: (name.startswith("seconds:"), name.startswith("param:")))
     return {name: [row.get(name) for row in flat] for name in names}
-
-
-def _of_group(row: Mapping[str, Any], prefix: str) -> list[str]:
-    groups = ("param:", "seconds:")
-    if prefix:
-        return [name for name in row if name.startswith(prefix)]
-    return [name for name in row if not name.startswith(groups)]
 
 
 def _write_tables(rows: Sequence[TrialRow], objectives: Sequence[str], parquet: Path, csv: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import (
@@ -23,12 +24,19 @@ from raytune_autotuner.study.trial import State, TrialRow
 
 def render_status(folder: ResultsFolder) -> str:
     """A few lines: how far the study is, what runs, the best so far, what failed."""
-    study, rows, status = folder.load_study(), folder.read_rows(), read_status(folder)
+    study, status = folder.load_study(), read_status(folder)
+    rows = _as_they_stand(folder.read_rows(), status)
     lines = [f"study {study.study} in {folder.path}", _phase_line(study, rows, status)]
     if status is not None and status.driver_alive:
         lines += [_live_line(trial, rows, study.verify.restarts) for trial in status.live]
     lines.append(_best_line(study, rows) if status is None or status.driver_alive else _answer(folder, study, rows))
     return "\n".join([*lines, *failure_lines(rows)])
+
+
+def _as_they_stand(rows: Sequence[TrialRow], status: StudyStatus | None) -> list[TrialRow]:
+    """The rows, of which those that run say so."""
+    live = {trial.number for trial in status.live} if status is not None else set()
+    return [replace(row, state=State.RUNNING) if row.number in live else row for row in rows]
 
 
 def failure_lines(rows: Sequence[TrialRow]) -> list[str]:

@@ -6,6 +6,7 @@ Scores and penalties are separate columns: a penalty is never taken for a measur
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ _STYLES = {
 _NONE = "-"
 _GAP = 2  # between two columns
 _HEADER_LINES = 4
+_LEAST_BESIDE = 3
+"""Lines of a table that are no rows: its caption, an empty one, a header of one line."""
 _ROOMY = 100
 _ABSENT = object()
 
@@ -55,10 +58,13 @@ def trial_table(
     best: int | None,
 ) -> RenderableType:
     """The trials as a table at most `width` wide and `height` lines high (None: all of them)."""
-    columns = _fitting(_columns(study, rows, live, width), rows, width)
-    heads = {column.header: _wrap_header(column, rows) for column in columns}
-    spare = None if height is None else height - 2 - max(head.count("\n") + 1 for head in heads.values())
-    shown = _fitting_rows(rows, best, spare)
+    # Only rows that may be shown are looked at: there may be thousands, and a table is drawn four times a second.
+    ranked = _by_importance(rows, best, None if height is None else height - _LEAST_BESIDE)
+    first = _by_number(ranked)
+    columns = _fitting(_columns(study, first, live, width), first, width)
+    heads = {column.header: _wrap_header(column, first) for column in columns}
+    spare = None if height is None else max(height - 2 - max(head.count("\n") + 1 for head in heads.values()), 1)
+    shown = _by_number(ranked[:spare])
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
     for column in columns:
         table.add_column(
@@ -67,7 +73,7 @@ def trial_table(
             no_wrap=True,
             overflow="ellipsis",
             vertical="bottom",
-            width=_column_width(column, rows),
+            width=_column_width(column, first),
         )
     for row in shown:
         table.add_row(*(Text(column.cell(row)) for column in columns), style=_style(row, best))
@@ -120,18 +126,19 @@ def _fitting(columns: list[_Column], rows: Sequence[TrialRow], width: int) -> li
     return [column for column in columns if column in chosen]
 
 
-def _fitting_rows(rows: Sequence[TrialRow], best: int | None, room: int | None) -> list[TrialRow]:
-    """At most `room` rows: first the running and the best ones, then the newest; in order of their number."""
-    if room is None or len(rows) <= room:
-        return sorted(rows, key=lambda row: row.number)
-
+def _by_importance(rows: Sequence[TrialRow], best: int | None, room: int | None) -> list[TrialRow]:
+    """The `room` most important rows: first the best and the running ones, then the newest."""
     again = {row.verifies for row in rows}
 
     def importance(row: TrialRow) -> tuple[bool, bool, bool, bool, int]:
         finalist = row.number in again
         return (row.number != best, row.state is not State.RUNNING, not row.name, not finalist, -row.number)
 
-    return sorted(sorted(rows, key=importance)[: max(room, 1)], key=lambda row: row.number)
+    return heapq.nsmallest(len(rows) if room is None else max(room, 1), rows, key=importance)
+
+
+def _by_number(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    return sorted(rows, key=lambda row: row.number)
 
 
 def _column_width(column: _Column, rows: Sequence[TrialRow]) -> int:

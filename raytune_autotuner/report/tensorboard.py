@@ -8,6 +8,9 @@ others. The course of a load is read from what the trial left in its folder, so 
 
 from __future__ import annotations
 
+import io
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from raytune_autotuner.report.events import promised_metrics
 from raytune_autotuner.report.masking import mask, mask_values
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.verdict import Verdict, best_so_far
+from raytune_autotuner.report.verdict import Verdict, best_with
 from raytune_autotuner.report.wording import contender_cells, verification_of
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Failure, Stage
@@ -46,12 +49,12 @@ def tag(metric: str) -> str:
 
 
 class TensorBoardWriter:
-    """Writes a study's event files as its trials go on; close it at the end."""
+    """Writes a study's event files as its trials go on."""
 
     def __init__(self, folder: ResultsFolder, study: Study) -> None:
         self._folder = folder
         self._study = study
-        self._ended: list[TrialRow] = []
+        self._best: TrialRow | None = None
         self._trials: dict[int, _EventFile] = {}
         self._root = _EventFile(folder.path)
         self._root.add(_experiment(study))
@@ -68,7 +71,6 @@ class TensorBoardWriter:
         """A trial has ended, however it did."""
         from raytune_autotuner.report.course import course
 
-        self._ended.append(row)
         writer = self._trial(row)
         rounds = self._study.workload.rounds
         for name, value in _final_scalars(self._study, row):
@@ -79,20 +81,14 @@ class TensorBoardWriter:
             writer.add(_text("failure", mask(_failure(row.result.failure))))
         writer.add(_session_end(row.state is State.MEASURED))
         del self._trials[row.number]
-        writer.close()
+        writer.flush()
         self._over_trials(row)
 
     def verdict(self, answer: Verdict) -> None:
-        """The study's answer, as text beside its curves; call it before `close`."""
+        """The study's answer, as text beside its curves."""
         text = "\n\n".join(filter(None, (answer.sentence, answer.warning, _markdown(answer))))
         self._root.add(_text("verdict", mask(text)))
         self._root.flush()
-
-    def close(self) -> None:
-        """Write out and close all files; closing twice is harmless."""
-        for writer in [*self._trials.values(), self._root]:
-            writer.close()
-        self._trials.clear()
 
     def _trial(self, row: TrialRow) -> _EventFile:
         if row.number not in self._trials:
@@ -110,19 +106,26 @@ class TensorBoardWriter:
             return
         for name, value in _outcome(row):
             self._root.add_scalar(f"study/{name}", value, row.number)
-        best = best_so_far(self._ended, self._study.objective.direction)
-        if best is not None and best.score is not None:
-            self._root.add_scalar("study/best_score", best.score, row.number)
+        self._best = best_with(self._best, row, self._study.objective.direction)
+        if self._best is not None and self._best.score is not None:
+            self._root.add_scalar("study/best_score", self._best.score, row.number)
         self._root.flush()
 
 
 class _EventFile:
-    """The events of one run, TensorBoard's own writer: it imports no torch."""
+    """The events of one run, in TensorBoard's own format.
+
+    Kept until `flush` adds them to the file, which is open for no longer: TensorBoard's own writer holds a file and a
+    thread for each run, and a study may have a thousand at once.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event
 
-        self._file = EventFileWriter(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._waiting = io.BytesIO()
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add_scalar(self, name: str, value: float, step: int, at: float | None = None) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -133,13 +136,17 @@ class _EventFile:
         """Add an event that happened `at` epoch seconds; now, if that is left out."""
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._file.add_event(Event(wall_time=at or time.time(), step=step, summary=summary))
+        self._add(Event(wall_time=at or time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
-        self._file.flush()
+        waiting, self._waiting = self._waiting, io.BytesIO()
+        with self._path.open("ab") as file:
+            file.write(waiting.getvalue())
 
-    def close(self) -> None:
-        self._file.close()
+    def _add(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        RecordWriter(self._waiting).write(event.SerializeToString())
 
 
 def _outcome(row: TrialRow) -> Iterator[tuple[str, float]]:

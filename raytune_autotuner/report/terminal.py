@@ -141,6 +141,7 @@ class LiveTable:
         self._live: Mapping[int, LiveTrial] = {}
         self._screen: Live | None = None
         self._latest = ""
+        self._best: TrialRow | None = None
 
     def started(self, info: StudyInfo) -> None:
         self._info = info
@@ -159,6 +160,7 @@ class LiveTable:
 
     def update(self, rows: Sequence[TrialRow], live: Mapping[int, LiveTrial]) -> None:
         self._rows, self._live, self._updated = list(rows), dict(live), time.monotonic()
+        self._best = None if self._info is None else best_so_far(rows, self._info.study.objective.direction)
         for event in self._events.since(rows, live) if self._events else ():
             self._latest = str(event)
             if self._verbose:
@@ -187,10 +189,9 @@ class LiveTable:
         study, width = self._info.study, self._console.width
         late = time.monotonic() - self._updated
         live = {number: _aged(trial, late) for number, trial in self._live.items()}
-        best = best_so_far(self._rows, study.objective.direction)
-        foot = self._foot(live, best)
+        foot = self._foot(live, self._best)
         room = max(self._console.height - 1 - len(foot), 5)
-        return Group(trial_table(study, self._rows, live, width, room, _number(best)), *foot)
+        return Group(trial_table(study, self._rows, live, width, room, _number(self._best)), *foot)
 
     def _foot(self, live: Mapping[int, LiveTrial], best: TrialRow | None) -> list[Text]:
         assert self._info is not None

@@ -132,6 +132,11 @@ def best_so_far(rows: Iterable[TrialRow], direction: Direction) -> TrialRow | No
     return min(feasible, key=lambda row: _rank(row, direction, True, {})) if feasible else None
 
 
+def best_with(best: TrialRow | None, row: TrialRow, direction: Direction) -> TrialRow | None:
+    """The better one of the best row so far and one more: `best_so_far` of a growing study."""
+    return best_so_far((row,) if best is None else (best, row), direction)
+
+
 def changes(params: Params, fixed: Params) -> dict[str, Any]:
     """The parameters of a setting that differ from the baseline's arguments."""
     return {name: value for name, value in params.items() if fixed.get(name, _DEFAULT) != value}

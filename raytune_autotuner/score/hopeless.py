@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from raytune_autotuner.score.metrics import METRICS
@@ -31,31 +31,47 @@ def can_be_judged(study: Study) -> bool:
     return several and len(study.objective.targets) == 1 and metric is not None and metric.across == "mean"
 
 
-def bound(so_far: Values, others: Sequence[Values], levels: Sequence[str], direction: Direction) -> float | None:
-    """The best that a trial can still come to; None where a level was never measured by anybody.
+class Seen:
+    """What the trials that are measured in full have shown: how good each load can be, and how much rounds differ."""
 
-    `others` are the trials that are measured in full, `levels` all load levels.
-    """
-    noise = spread([*others, so_far])
-    best = [_best_at(level, so_far, others, noise, direction) for level in levels]
-    known = [value for value in best if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(levels) else None
+    def __init__(self, direction: Direction, trials: Iterable[Values] = ()) -> None:
+        self._sign = 1.0 if direction == "maximize" else -1.0
+        self._pick: Callable[[float, float], float] = max if direction == "maximize" else min
+        self._best: dict[str, float] = {}
+        self._freedom, self._squares = 0, 0.0
+        for trial in trials:
+            self.add(trial)
+
+    def add(self, trial: Values) -> None:
+        """One more trial."""
+        freedom, squares = _scatter(trial)
+        self._freedom, self._squares = self._freedom + freedom, self._squares + squares
+        for level, values in trial.items():
+            if values:
+                mean = statistics.fmean(values)
+                self._best[level] = self._pick(mean, self._best.get(level, mean))
+
+    def bound(self, so_far: Values, levels: Sequence[str]) -> float | None:
+        """The best that a trial can still come to; None where one of all `levels` was never measured by anybody."""
+        noise = self.noise(so_far)
+        best = [self._best_at(level, so_far, noise) for level in levels]
+        known = [value for value in best if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(levels) else None
+
+    def noise(self, so_far: Values) -> float:
+        """Relative standard deviation between the rounds of one trial at one level, pooled over all and `so_far`."""
+        freedom, squares = _scatter(so_far)
+        freedom += self._freedom
+        return USUAL_NOISE if freedom < ENOUGH_PAIRS else math.sqrt((squares + self._squares) / freedom)
+
+    def _best_at(self, level: str, so_far: Values, noise: float) -> float | None:
+        if values := so_far.get(level):
+            return statistics.fmean(values) * math.exp(self._sign * WIDTH * noise / math.sqrt(len(values)))
+        return self._best[level] * math.exp(self._sign * WIDTH * noise) if level in self._best else None
 
 
-def spread(trials: Iterable[Values]) -> float:
-    """Relative standard deviation between the rounds of one trial at one level, pooled over all."""
-    groups = [[math.log(v) for v in values if v > 0] for trial in trials for values in trial.values()]
+def _scatter(trial: Values) -> tuple[int, float]:
+    """Degrees of freedom and the sum of squares of the logarithms, within the levels."""
+    groups = [[math.log(v) for v in values if v > 0] for values in trial.values()]
     groups = [group for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in groups)
-    if freedom < ENOUGH_PAIRS:
-        return USUAL_NOISE
-    return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom)
-
-
-def _best_at(level: str, so_far: Values, others: Sequence[Values], noise: float, way: Direction) -> float | None:
-    sign = 1.0 if way == "maximize" else -1.0
-    if values := so_far.get(level):
-        return statistics.fmean(values) * math.exp(sign * WIDTH * noise / math.sqrt(len(values)))
-    seen = [statistics.fmean(values) for other in others if (values := other.get(level))]
-    pick = max if way == "maximize" else min
-    return pick(seen) * math.exp(sign * WIDTH * noise) if seen else None
+    return sum(len(group) - 1 for group in groups), sum(statistics.variance(g) * (len(g) - 1) for g in groups)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler
 
 from raytune_autotuner.load.workload import levels
-from raytune_autotuner.report.verdict import best_so_far
-from raytune_autotuner.score.hopeless import Values, bound, can_be_judged
+from raytune_autotuner.score.hopeless import Seen, Values, can_be_judged
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
@@ -26,15 +25,18 @@ class StopHopeless(FIFOScheduler):
     def __init__(
         self,
         study: Study,
-        searched: Callable[[], Sequence[TrialRow]],
+        row: Callable[[str], TrialRow],
+        best: Callable[[], TrialRow | None],
         stop: Callable[[str, float], None],
     ) -> None:
-        """`searched` gives the trials of the search; `stop` is told a trial's id and the bound before it is ended."""
+        """`row` gives a trial by its id, `best` the best one; `stop` is told id and bound before a trial is ended."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._study = study
-        self._searched = searched
+        self._row = row
+        self._best = best
         self._stop = stop
         self._values: dict[str, Values] = {}
+        self._seen = Seen(study.objective.direction)
         self._labels = [level.label for level in levels(study.workload)]
         self._judges = study.search.stop_early and can_be_judged(study)
 
@@ -56,17 +58,21 @@ class StopHopeless(FIFOScheduler):
 
     def _bound_of_hopeless(self, trial_id: str, so_far: Values) -> float | None:
         """What the trial could at best come to, where that is not enough; None where it goes on."""
-        rows = {row.trial_id: row for row in self._searched()}
-        direction = self._study.objective.direction
-        row, best = rows.get(trial_id), best_so_far(rows.values(), direction)
-        if row is None or row.name or best is None or best.score is None:
+        self._take_in_the_ended()
+        row, best = self._row(trial_id), self._best()
+        goes_on = row.name or row.verifies is not None
+        reached = None if goes_on else self._seen.bound(so_far, self._labels)
+        if reached is None or best is None or best.score is None:
             return None
-        others = [self._values[i] for i, other in rows.items() if other.score is not None and i in self._values]
-        reached = bound(so_far, others, self._labels, direction)
-        if reached is None:
-            return None
-        worse = reached < best.score if direction == "maximize" else reached > best.score
+        worse = reached < best.score if self._study.objective.direction == "maximize" else reached > best.score
         return reached if worse else None
+
+    def _take_in_the_ended(self) -> None:
+        """What trials of the search have shown that were measured in full."""
+        for row in [row for row in map(self._row, self._values) if row.state.finished]:
+            values = self._values.pop(row.trial_id)
+            if row.score is not None and row.verifies is None:
+                self._seen.add(values)
 
 
 def _values(result: Mapping[str, Any]) -> Values:

@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_autotuner.engine.server import read_end
-from raytune_autotuner.tune.resume import SUGGESTION
+from raytune_autotuner.report.results import SUGGESTION
 
 logger = logging.getLogger(__name__)
 

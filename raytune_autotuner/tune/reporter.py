@@ -7,7 +7,7 @@ results folder take them from here. Knows neither Ray's nor Optuna's objects.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from raytune_autotuner.engine.logfile import read_log
 from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.engine.server import LOG_NAME, read_end
-from raytune_autotuner.report.results import ResultsFolder, read_result, write_json
+from raytune_autotuner.report.results import ResultsFolder, read_result
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.score.quality import Quality
@@ -25,7 +25,7 @@ from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
-from raytune_autotuner.tune.resume import SUGGESTION
+from raytune_autotuner.tune.book import Book
 from raytune_autotuner.tune.standing import Standing
 
 SCORE = "score"
@@ -53,8 +53,7 @@ class TrialReporter:
         self._standing_of = standing_of
         self._bring_files = bring_files
         self._on_change = on_change
-        self._rows: dict[str, TrialRow] = {}
-        self._keys: dict[str, str] = {}
+        self._book = Book(study.objective.direction)
         self._stopped: dict[str, float] = {}
         self.interrupted = False
         self.ending: str | None = None
@@ -63,26 +62,31 @@ class TrialReporter:
     @property
     def rows(self) -> list[TrialRow]:
         """All trials by number."""
-        return list(self._rows.values())  # they are numbered in the order in which they are put in
+        return self._book.rows
 
     def row(self, trial_id: str) -> TrialRow:
         """The trial as it stands now."""
-        return self._rows[trial_id]
+        return self._book[trial_id]
 
     @property
-    def live(self) -> list[TrialRow]:
+    def live(self) -> Collection[TrialRow]:
         """The trials that have not ended."""
-        return [row for row in self._rows.values() if not row.state.finished]
+        return self._book.live.values()
 
     @property
     def counted(self) -> int:
         """Trials that use up the budget: measured or graded."""
-        return sum(row.state.teaches for row in self.searched)
+        return self._book.counted
 
     @property
     def searched(self) -> list[TrialRow]:
         """The trials of the search: all but those that measure a setting again for the verdict."""
-        return [row for row in self._rows.values() if row.verifies is None]
+        return self._book.searched
+
+    @property
+    def best(self) -> TrialRow | None:
+        """The feasible trial of the search with the best score, of the first objective."""
+        return self._book.best
 
     @property
     def complete(self) -> bool:
@@ -97,13 +101,12 @@ class TrialReporter:
     @property
     def baseline(self) -> TrialRow | None:
         """The measured baseline, once there is one."""
-        return next((row for row in self.searched if row.name and row.state is State.MEASURED), None)
+        return self._book.baseline
 
     @property
     def at_fault(self) -> bool:
         """Whether a trial failed in a way that no setting can mend."""
-        failures = [row.result.failure for row in self._rows.values() if row.state is State.FAILED]
-        return any(failure is not None and failure.blame is Blame.STUDY for failure in failures)
+        return self._book.at_fault
 
     @property
     def reference(self) -> Quality | None:
@@ -119,39 +122,33 @@ class TrialReporter:
 
     def known(self, filled: Params) -> TrialRow | None:
         """The trial that measures, has measured or graded the same setting, defaults filled in."""
-        key = setting_key(filled)
-        rows = [row for row in self.searched if self._keys[row.trial_id] == key]
-        return next((row for row in rows if row.state.teaches or not row.state.finished), None)
+        return self._book.known(setting_key(filled))
 
     def suggested(self, trial_id: str, params: Params, filled: Params, **more: Any) -> TrialRow:
         """A new trial, waiting for its resources; `more` are further fields of its row.
 
         Numbers are without gaps, so they are not Optuna's: it also counts suggestions that were never started.
         """
-        row = TrialRow(len(self._rows), trial_id, params=dict(params), **{"name": "", **more})
-        self._keys[trial_id] = setting_key(filled)
-        trial_dir = self._folder.trial_dir(row.number, trial_id)
-        trial_dir.mkdir(parents=True, exist_ok=True)
-        write_json(trial_dir / SUGGESTION, row.to_dict())
-        self._put(trial_id, row)
+        row = TrialRow(len(self._book), trial_id, params=dict(params), **{"name": "", **more})
+        self._folder.add_suggestion(row)
+        self._book.add(row, setting_key(filled))
+        self._on_change(row)
         return row
 
     def restore(self, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
         """Take over the trials of an interrupted run; returns those whose settings are to be run again."""
         for row in rows:
-            self._keys[row.trial_id] = setting_key({**defaults, **row.params})
-            self._rows[row.trial_id] = row
             if not row.state.finished:
                 left = row.result.metrics or row.result.failure
-                ended = self._judged(row, row.result, Standing()) if left else replace(row, state=State.INTERRUPTED)
-                self._rows[row.trial_id] = ended
+                row = self._judged(row, row.result, Standing()) if left else replace(row, state=State.INTERRUPTED)
+            self._book.add(row, setting_key({**defaults, **row.params}))
         self._folder.write_rows(self.rows)
         again = {row.retry_of for row in self.rows}
         return [row for row in self.searched if row.state is State.INTERRUPTED and row.number not in again]
 
     def started(self, trial_id: str) -> None:
         """The trial's actor is being started."""
-        self._put(trial_id, replace(self._rows[trial_id], state=State.RUNNING))
+        self._put(replace(self.row(trial_id), state=State.RUNNING))
 
     def stop(self, trial_id: str, bound: float) -> None:
         """The trial is being ended between two loads; `bound` is the best that it could have come to."""
@@ -162,30 +159,26 @@ class TrialReporter:
 
         Idempotent: the first call decides.
         """
-        row = self._rows[trial_id]
+        row = self.row(trial_id)
         if row.state.finished:
             return row
         standing = self._standing_of(trial_id)
         self._bring_files(self._folder.trial_dir(row.number, trial_id), standing.node_id)
         result = self._result(row, report, standing)
         row = self._judged(row, result, standing)
-        self._put(trial_id, row)
+        self._put(row)
         if row.state is State.FAILED and result.failure and result.failure.blame is Blame.STUDY:
             self.end_search(f"{result.failure}. {result.failure.remedy}")
-        self._folder.write_rows(self.rows)
+        self._folder.add_row(row)
         return row
 
     def to_retry(self, row: TrialRow) -> bool:
         """Whether a lost trial's setting is to be queued again."""
-        key = self._keys[row.trial_id]
         lost = row.state is State.LOST and row.verifies is None and not self.interrupted
-        return lost and self._lost(key) <= self._study.trial.retries
+        return lost and self._book.lost(row.trial_id) <= self._study.trial.retries
 
-    def _lost(self, key: str) -> int:
-        return sum(row.state is State.LOST and self._keys[i] == key for i, row in self._rows.items())
-
-    def _put(self, trial_id: str, row: TrialRow) -> None:
-        self._rows[trial_id] = row
+    def _put(self, row: TrialRow) -> None:
+        self._book.put(row)
         self._on_change(row)
 
     def _result(self, row: TrialRow, report: Mapping[str, Any] | None, standing: Standing) -> TrialResult:
@@ -202,7 +195,7 @@ class TrialReporter:
         """Why a trial failed whose actor is dead."""
         if standing.ended_by is not None:
             return self._timed_out(standing)
-        repeated = self._lost(self._keys[row.trial_id]) >= self._study.trial.retries
+        repeated = self._book.lost(row.trial_id) >= self._study.trial.retries
         if not standing.started_at:
             return _never_began(Blame.STUDY if repeated else Blame.ENVIRONMENT)
         trial_dir = self._folder.trial_dir(row.number, row.trial_id)

@@ -20,8 +20,6 @@ from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 
-SUGGESTION = "trial.json"
-"""A trial's row as it was suggested, in its folder: what is known of one that ran when the driver was killed."""
 CHANGEABLE = (
     "search.trials",
     "search.time_budget",
@@ -73,13 +71,12 @@ def check_versions(folder: ResultsFolder, engine: Mapping[str, str]) -> None:
 
 def kept_rows(folder: ResultsFolder) -> list[TrialRow]:
     """The run's trials by number; those that had not ended carry the result that they left behind, if any."""
-    rows = {row.number: row for row in folder.read_rows()}
-    for path in folder.trials_dir.glob(f"*/{SUGGESTION}"):
-        row = TrialRow.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        if row.number not in rows:
-            result = read_result(path.parent)
-            rows[row.number] = row if result is None else replace(row, state=State.RUNNING, result=result)
-    return [rows[number] for number in sorted(rows)]
+    return [row if row.state.finished else _with_result(folder, row) for row in folder.read_rows()]
+
+
+def _with_result(folder: ResultsFolder, row: TrialRow) -> TrialRow:
+    result = read_result(folder.trial_dir(row.number, row.trial_id))
+    return row if result is None else replace(row, state=State.RUNNING, result=result)
 
 
 def _unfinished(run: ResultsFolder) -> bool:

@@ -26,6 +26,7 @@ from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
@@ -123,6 +124,8 @@ class _Run:
     resumed: bool = False
     begun: float = field(default_factory=time.time)
     standings: dict[str, Standing] = field(default_factory=dict)
+    stale: bool = False
+    """Whether a trial has ended since Parquet and CSV were written."""
 
     def __post_init__(self) -> None:
         limits = self.study.trial
@@ -138,6 +141,8 @@ class _Run:
             bring_files=bring_files,
             on_change=self._changed,
         )
+        self.show, self.refresh = Sparing(self._show), Sparing(self._refresh)
+        self.keep_tables = Sparing(self._write_tables)
         self.again = self._take_over() if self.resumed else []
         self.status = StudyStatus.begin(self.slots)
         write_status(self.folder, self.status)
@@ -147,7 +152,9 @@ class _Run:
         """What the interrupted run has measured already is kept; returns the trials to run once more."""
         self.begun -= elapsed_before_s(self.folder)
         self.folder.write_study(self.study)
-        return self.reporter.restore(kept_rows(self.folder), self.engine.defaults())
+        again = self.reporter.restore(kept_rows(self.folder), self.engine.defaults())
+        self._look_whether_enough()
+        return again
 
     def search(self) -> None:
         """Run trials until the searcher has enough of them."""
@@ -199,6 +206,7 @@ class _Run:
 
     def finish(self) -> int:
         """Write the verdict down and say it; returns the exit code."""
+        self._show()
         rows = self.reporter.rows
         self.folder.write_rows(rows)
         answer = study_verdict(self.study, rows, self.engine.defaults())
@@ -214,7 +222,6 @@ class _Run:
         if answer.warning:
             self.log.write_study(answer.warning)
         write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
-        self.board.close()
         self.watcher.finished(Ending(answer, rows, lines, self.reporter.interrupted, self.reporter.ending))
         write_report(self.folder)
         self.log.close()
@@ -233,7 +240,7 @@ class _Run:
             trainable,
             tune_config=TuneConfig(
                 search_alg=searcher,
-                scheduler=StopHopeless(study, lambda: self.reporter.searched, self.reporter.stop),
+                scheduler=StopHopeless(study, self.reporter.row, lambda: self.reporter.best, self.reporter.stop),
                 num_samples=-1,
                 metric=SCORE,
                 mode="max" if study.objective.direction == "maximize" else "min",
@@ -245,7 +252,7 @@ class _Run:
                 # The whole path as the name: Ray Tune's staging folders are per name and second, and shared by studies.
                 name=str(self.folder.trials_dir.relative_to("/")),
                 storage_path="/",
-                callbacks=[StudyCallback(self.reporter, self._on_round, self._refresh)],
+                callbacks=[StudyCallback(self.reporter, self._on_round, self._keep_up)],
                 failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
@@ -259,9 +266,11 @@ class _Run:
         budget = self.study.search.time_budget
         if budget is not None and self._elapsed_s >= budget - self._verification_s(budget):
             self.reporter.end_search(f"the time budget of {budget:g} s is used up")
+        return not self.reporter.complete
+
+    def _look_whether_enough(self) -> None:
         if reason := enough(self.study, self.reporter.searched):
             self.reporter.end_search(reason)
-        return not self.reporter.complete
 
     def _may_verify(self) -> bool:
         budget = self.study.search.time_budget
@@ -291,6 +300,10 @@ class _Run:
         metrics = {name: value for name, value in result.items() if name.partition("@")[0] in METRICS}
         self.board.round(self.reporter.row(trial_id), int(result["training_iteration"]), metrics)
 
+    def _keep_up(self) -> None:
+        self.refresh()
+        self.keep_tables()
+
     def _refresh(self) -> None:
         """Bring table and status up to date with what the trials said last."""
         try:
@@ -300,6 +313,11 @@ class _Run:
         self._show()
         write_status(self.folder, self.status)
 
+    def _write_tables(self) -> None:
+        if self.stale:
+            self.folder.write_tables(self.reporter.rows)
+            self.stale = False
+
     def _live(self, row: TrialRow) -> LiveTrial:
         known = self.standings.get(row.trial_id, Standing())
         limit = self.study.trial.timeout_s
@@ -308,11 +326,13 @@ class _Run:
     def _changed(self, row: TrialRow) -> None:
         if row.state.finished:
             self.board.ended(row)
-        self._show()
+            self.stale = True
+            self._look_whether_enough()
+        self.show()
 
     def _show(self) -> None:
         rows = self.reporter.rows
-        live = {row.number: self._live(row) for row in rows if row.state is State.RUNNING}
+        live = {row.number: self._live(row) for row in self.reporter.live if row.state is State.RUNNING}
         self.watcher.update(rows, live)
         for event in self.events.since(rows, live):
             self.log.write(event.stage, event.text, event.trial)

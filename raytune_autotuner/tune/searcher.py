@@ -70,6 +70,7 @@ class StudySearch(OptunaSearch):
         self._on_refused = on_refused
         self._refused: set[str] = set()
         self._lessons = Lessons(study.space, defaults)
+        self._finalists: list[TrialRow] = []
         self._last_refusal = ": all settings are tried"
         super().__init__(
             space=lambda trial: None,
@@ -121,8 +122,9 @@ class StudySearch(OptunaSearch):
         live = self._reporter.live
         if any(row.verifies is None for row in live):
             return None
-        chosen = finalists(self._study, self._reporter.rows, self._defaults)
-        due = next_restart(self._study, self._reporter.rows, chosen) if self._may_verify() else None
+        if not self._finalists:  # the search is over: they stay the same
+            self._finalists = finalists(self._study, self._reporter.rows, self._defaults)
+        due = next_restart(self._study, self._reporter.rows, self._finalists) if self._may_verify() else None
         if due is None:
             return None if live else Searcher.FINISHED
         row, restart = due

@@ -56,16 +56,17 @@ def next_restart(study: Study, rows: Sequence[TrialRow], chosen: Sequence[TrialR
     All settings have their restart i before one has its restart i + 1, and each round begins with another one, so
     that what drifts on the machine touches all alike.
     """
+    again = [row for row in rows if row.verifies is not None]
     for restart in range(study.verify.restarts):
         turn = restart % len(chosen) if chosen else 0
         for row in [*chosen[turn:], *chosen[:turn]]:
-            if _due(study, rows, row, restart):
+            if _due(study, again, row, restart):
                 return row, restart
     return None
 
 
-def _due(study: Study, rows: Sequence[TrialRow], chosen: TrialRow, restart: int) -> bool:
-    tried = [row for row in rows if row.verifies == chosen.number]
+def _due(study: Study, again: Sequence[TrialRow], chosen: TrialRow, restart: int) -> bool:
+    tried = [row for row in again if row.verifies == chosen.number]
     if any(row.state is State.FAILED for row in tried):
         return False  # one failure is enough: it is out
     same = [row for row in tried if row.restart == restart]
