@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    study = _load(arguments)
+    named = [] if arguments.address is None else [f"ray.address={json.dumps(arguments.address)}"]
+    study = _load(arguments, named)
     from raytune_autotuner.tune.run import run_study
 
-    options = {"address": arguments.address, "resume": arguments.resume, "verbose": arguments.verbose}
-    return run_study(study, arguments.results, **options)
+    return run_study(study, arguments.results, resume=arguments.resume, verbose=arguments.verbose)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -96,10 +96,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     return run_bench(study, params, arguments.results, restart=start.restart, as_json=arguments.json)
 
 
-def _load(arguments: argparse.Namespace) -> Study:
-    """The study that a command line names, with its overrides."""
+def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Study:
+    """The study that a command line names, with its overrides and `more` of them."""
     trials = [] if arguments.trials is None else [f"search.trials={arguments.trials}"]
-    return _load_study(arguments.study, [*arguments.set, *trials])
+    return _load_study(arguments.study, [*arguments.set, *trials, *more])
 
 
 def _load_study(file: Path, overrides: Sequence[str]) -> Study:
@@ -325,7 +325,7 @@ def _add_changes(command: argparse.ArgumentParser) -> None:
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     _add_study(run)
-    run.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one is started here")
+    run.add_argument("--address", metavar="A", help="same as --set ray.address=A; default: Ray is started here")
     run.add_argument("--resume", action="store_true", help="go on with the study's newest unfinished run")
     run.add_argument("-v", "--verbose", action="store_true")
 

@@ -309,7 +309,8 @@ def main() -> int:
     arguments = parser.parse_args()
     KillTrial.how = CASES[arguments.case].inside
     results = arguments.study.parent / "results"
-    return run_study(load_study(arguments.study, []), results, address=arguments.address, trainable=KillTrial)
+    where = [] if arguments.address is None else [f"ray.address={arguments.address}"]
+    return run_study(load_study(arguments.study, where), results, trainable=KillTrial)
 
 
 if __name__ == "__main__":

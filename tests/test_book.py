@@ -45,7 +45,7 @@ def test_losses_are_counted_by_setting() -> None:
     lost = [replace(running(number, setting(4)), state=State.LOST) for number in range(3)]
     trials = book(*lost[:2])
     trials.add(lost[2], "another")
-    assert [trials.lost(row.trial_id) for row in lost] == [2, 2, 1]
+    assert [len(trials.lost(row.trial_id)) for row in lost] == [2, 2, 1]
 
 
 def test_the_best_is_a_feasible_trial_of_the_search() -> None:

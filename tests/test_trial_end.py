@@ -16,6 +16,7 @@ from raytune_autotuner.engine.processes import MARK_VARIABLE, free_shared_memory
 from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import VLLM_RULES
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.study.failure import Kind
 from raytune_autotuner.study.study import load_study
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.reporter import TrialReporter
@@ -73,6 +74,25 @@ def test_what_an_engine_prints_while_it_is_ended_is_not_why_its_trial_ended(
     (trial_dir / "engine.log").write_bytes((LOGS / log).read_bytes())
     (trial_dir / "process.json").write_text(json.dumps({"cause": cause}))
     assert reporter.ended("abc", None).state is state
+
+
+def test_a_trial_lost_with_its_node_is_not_its_settings_fault_and_run_again_until_three_nodes_are_gone(
+    tmp_path: Path,
+) -> None:
+    study = load_study(write_study(tmp_path, trial={"retries": 0}))
+    folder = ResultsFolder.create(tmp_path / "results", study)
+    standing = Standing(started_at=1.0, node_id="gone", node="node2", ended_by=Kind.HUNG)
+    reporter = TrialReporter(
+        study, folder, VLLM_RULES, standing_of=lambda _: standing, node_answers=lambda node_id: node_id != "gone"
+    )
+    again = []
+    for trial_id in ("a", "b", "c"):
+        reporter.suggested(trial_id, {}, {})
+        row = reporter.ended(trial_id, None)
+        assert row.result.failure is not None
+        assert (row.state, row.result.failure.kind, row.result.node) == (State.LOST, Kind.NODE_LOST, "node2")
+        again.append(reporter.to_retry(row))
+    assert again == [True, True, False]
 
 
 @pytest.mark.slow

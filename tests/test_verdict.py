@@ -45,6 +45,13 @@ def judged(scores: dict[int, tuple[float, ...]], rows: list[TrialRow] | None = N
     return verdict(verified(rows or finalists(), scores), "maximize", METRIC)
 
 
+def test_scores_of_different_hardware_are_not_compared_without_saying_so() -> None:
+    rows = [replace(row, result=replace(row.result, hardware="H100")) for row in finalists()]
+    assert study_verdict(make_study(), rows).warning is None
+    rows[2] = replace(rows[2], result=replace(rows[2].result, hardware="A100"))
+    assert "2 on H100; 1 on A100" in str(study_verdict(make_study(), rows).warning)
+
+
 # By restarts
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from raytune_autotuner.engine.machine import machine
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study, load_study
-from raytune_autotuner.tune.versions import machine
 from raytune_autotuner.tune.warm_start import best_of, learn_from_earlier
 from tests.studies import optuna_trials, run_study, write_study
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterable
+from typing import TypeAlias
 
 TOLERANCE_MIB = 256
 """What others that share the GPU may have taken meanwhile."""
@@ -16,6 +17,7 @@ RETURN_S = 5.0
 """How long the driver may take to give memory back after the last process is gone."""
 _POLL_S = 0.1
 _MIB = 2**20
+_NAME_BYTES = 96
 _LIBRARY = "libnvidia-ml.so.1"
 
 
@@ -103,8 +105,17 @@ class EnergyMeter:
         return sum(known) if len(known) == len(counted) else None
 
 
+def describe_gpus(gpus: Iterable[str]) -> str:
+    """The kinds of these GPUs with their memory, each kind once: `NVIDIA H100 80GB HBM3, 80 GiB`."""
+    nvml = _Nvml()
+    return "; ".join(sorted({nvml.describe(gpu) for gpu in gpus}))
+
+
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+_Answer: TypeAlias = ctypes.Structure | ctypes.c_ulonglong | ctypes.Array[ctypes.c_char]
 
 
 class _Nvml:
@@ -121,6 +132,13 @@ class _Nvml:
         memory = self._memory(gpu)
         return None if memory is None else int(memory.total) // _MIB
 
+    def describe(self, gpu: str) -> str:
+        name, memory = ctypes.create_string_buffer(_NAME_BYTES), _Memory()
+        if not self._ask("nvmlDeviceGetName", gpu, name, _NAME_BYTES):
+            return "a GPU that NVML does not know"
+        size = f", {memory.total / 2**30:.0f} GiB" if self._ask("nvmlDeviceGetMemoryInfo", gpu, memory) else ""
+        return name.value.decode(errors="replace") + size
+
     def energy_mj(self, gpu: str) -> int | None:
         """Since the driver was loaded."""
         energy = ctypes.c_ulonglong()
@@ -130,7 +148,7 @@ class _Nvml:
         memory = _Memory()
         return memory if self._ask("nvmlDeviceGetMemoryInfo", gpu, memory) else None
 
-    def _ask(self, function: str, gpu: str, answer: ctypes.Structure | ctypes.c_ulonglong) -> bool:
+    def _ask(self, function: str, gpu: str, answer: _Answer, *more: int) -> bool:
         """Fill in `answer`; whether it is one."""
         if self._library is None or not hasattr(self._library, function):
             return False
@@ -139,7 +157,7 @@ class _Nvml:
             failed = self._library.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(handle))
         else:
             failed = self._library.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(handle))
-        return not failed and not self._library[function](handle, ctypes.byref(answer))
+        return not failed and not self._library[function](handle, ctypes.byref(answer), *more)
 
 
 def _load() -> ctypes.CDLL | None:

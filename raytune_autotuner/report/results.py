@@ -340,6 +340,8 @@ def flat_row(row: TrialRow, objectives: Sequence[str] = ()) -> dict[str, Any]:
         "retry_of": row.retry_of,
         "verifies": row.verifies,
         "restart": row.restart,
+        "node": row.result.node or None,
+        "hardware": row.result.hardware or None,
     }
     cells |= {f"param:{name}": value for name, value in row.params.items()}
     cells |= dict(row.result.metrics)

@@ -6,6 +6,7 @@ the intervals of `score/comparison.py`; else on one measurement a setting, and s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,7 @@ class Verdict:
     contenders: tuple[Contender, ...] = ()
     """The settings that were measured again, the defaults first; empty where it rests on single measurements."""
     warning: str | None = None
-    """That the machine is too noisy to decide, and how many restarts would do."""
+    """That the machine is too noisy to decide, and how many restarts would do; that scores are of several hardwares."""
     targets: Targets = ()
     front: tuple[int, ...] = ()
     """With several objectives: the trials of the search that no other one dominates."""
@@ -97,7 +98,14 @@ def study_verdict(study: Study, rows: Sequence[TrialRow], defaults: Params | Non
     """The verdict on a study's rows; `defaults` are the engine's own values and fixed arguments, if they are known."""
     objective = study.objective
     fixed = study.fixed if defaults is None else defaults
-    return verdict(rows, objective.direction, objective.metric, fixed, objective.targets)
+    answer = verdict(rows, objective.direction, objective.metric, fixed, objective.targets)
+    mixed = wording.mixed_hardware(hardware_of(rows))
+    return replace(answer, warning=" ".join(filter(None, (answer.warning, mixed))) or None)
+
+
+def hardware_of(rows: Iterable[TrialRow]) -> Counter[str]:
+    """The hardware that the scores come from, and how many come from each; what is not known is left out."""
+    return Counter(row.result.hardware for row in rows if row.state is State.MEASURED and row.result.hardware)
 
 
 def verdict(

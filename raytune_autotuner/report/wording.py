@@ -5,7 +5,7 @@ What they say is decided in `verdict`; here it is only put into text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from raytune_autotuner.report.finalists import Contender, Targets
 from raytune_autotuner.score.comparison import MAX_RESTARTS, Comparison, TooNoisy
@@ -143,6 +143,18 @@ def warning(one: Contender, noisy: TooNoisy) -> str:
     return (
         f"The noise between restarts{noise} is too large to decide: a gain of {size} could not be told from it by "
         f"{comparison.pairs} restarts. Use a quieter machine or more requests, or {needed} restarts (verify.restarts)."
+    )
+
+
+def mixed_hardware(measured: Mapping[str, int]) -> str | None:
+    """That scores come from different hardware; None where they do not."""
+    if len(measured) < 2:
+        return None
+    most_first = sorted(measured.items(), key=lambda pair: (-pair[1], pair[0]))
+    return (
+        "The trials ran on different hardware, so their scores differ by more than their settings: "
+        f"{'; '.join(f'{count} on {name}' for name, count in most_first)}. "
+        "Name one kind with resources.accelerator_type or resources.node_labels."
     )
 
 

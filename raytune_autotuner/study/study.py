@@ -293,7 +293,8 @@ class TrialSpec(_Model):
     hung_after_s: Duration = 300.0
     """A trial without a log line or a finished request for so long is ended as hung."""
     retries: Natural = 1
-    """How often a trial that failed through no fault of its setting (a lost node, a taken port) is run again."""
+    """How often a trial that failed through no fault of its setting (a killed actor, a taken port) is run again;
+    those lost with their node do not count."""
     max_failed_share: Annotated[float, Field(ge=0, lt=1, strict=True, json_schema_extra=_SHARE)] = 0.05
     """A trial of which a larger share of requests failed has no score."""
     log_limit_mb: PositiveNumber = 64.0
@@ -342,8 +343,30 @@ class ResourceSpec(_Model):
     """CPUs that a trial holds in Ray's books."""
     max_concurrent: Positive | None = None
     """Trials at once. Default: as many as fit. On a CPU use 1: trials that share cores measure each other."""
+    accelerator_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,62}$")] | None = None
+    """Only nodes with this accelerator, by Ray's name for it, such as `H100`."""
+    node_labels: dict[
+        Annotated[str, Field(pattern=r"^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$")],
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$")],
+    ] = {}
+    """Only nodes with all of these labels, as given by `ray start --labels`: `{pool: tuning}`."""
     price_per_hour: PositiveNumber | None = None
     """Of one GPU, or of the machine where a trial holds none; gives `cost_per_million_tokens`."""
+
+
+class RaySpec(_Model):
+    """The Ray cluster on which the trials run."""
+
+    address: Annotated[str, Field(min_length=1)] | None = None
+    """`auto` or HOST:PORT of a Ray cluster that runs, of which this machine is a node; `--address` wins. Default: a Ray
+    of its own on this machine, or, in a Ray job, the job's. See [cluster.md](cluster.md)."""
+
+    @field_validator("address")
+    @classmethod
+    def _not_from_outside(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("auto or HOST:PORT, from a node of the cluster; from elsewhere, submit the study as a job")
+        return value
 
 
 class Study(_Model):
@@ -367,6 +390,7 @@ class Study(_Model):
     quality: QualitySpec | None = None
     verify: VerifySpec = VerifySpec()
     resources: ResourceSpec = ResourceSpec()
+    ray: RaySpec = RaySpec()
 
     @model_validator(mode="after")
     def _space_is_sound(self) -> Study:
@@ -390,6 +414,18 @@ class Study(_Model):
     def fixed(self) -> Params:
         """The fixed arguments and environment, under the names that parameters have."""
         return {**self.engine.args, **{f"env:{name}": value for name, value in self.engine.env.items()}}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Key to path, of what every machine that runs trials must have."""
+        named = {
+            "workload.dataset": self.workload.dataset,
+            "workload.trace": self.workload.trace,
+            "engine.python": self.engine.python,
+            "model": Path(self.model) if self.model.startswith("/") else None,
+        }
+        # A bare name is looked for on the path.
+        return {key: path for key, path in named.items() if path is not None and path.is_absolute()}
 
     def setting(self, params: Params) -> dict[str, Any]:
         """All arguments and environment of a trial: the fixed ones, with `params` over them."""

@@ -51,6 +51,10 @@ class TrialResult:
     """Phase (`start`, `warmup`, `load`, `stop`, `total`) to seconds."""
     answers: tuple[str, ...] = ()
     """The baseline's greedy answers, which those of other settings are held against; empty without `quality`."""
+    node: str = ""
+    """Host name of the machine that it ran on."""
+    hardware: str = ""
+    """What that machine is, as far as figures depend on it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -59,6 +63,8 @@ class TrialResult:
             "failure": None if self.failure is None else self.failure.to_dict(),
             "seconds": dict(self.seconds),
             **({"answers": list(self.answers)} if self.answers else {}),
+            "node": self.node,
+            "hardware": self.hardware,
         }
 
     @classmethod
@@ -70,6 +76,8 @@ class TrialResult:
             failure=None if failure is None else Failure.from_dict(failure),
             seconds={str(k): float(v) for k, v in values.get("seconds", {}).items()},
             answers=tuple(str(answer) for answer in values.get("answers", ())),
+            node=str(values.get("node", "")),
+            hardware=str(values.get("hardware", "")),
         )
 
 

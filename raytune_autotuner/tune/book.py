@@ -6,8 +6,8 @@ Knows neither Ray nor Optuna, and decides nothing: the reporter makes the rows.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from raytune_autotuner.report.verdict import best_with
 from raytune_autotuner.score.grades import Direction
@@ -24,7 +24,7 @@ class Book:
         self._live: dict[str, TrialRow] = {}
         self._keys: dict[str, str] = {}
         self._of_setting: dict[str, list[str]] = defaultdict(list)
-        self._lost: Counter[str] = Counter()
+        self._lost: dict[str, list[TrialRow]] = defaultdict(list)
         self.counted = 0
         """Trials of the search that use up the budget: measured or graded."""
         self.baseline: TrialRow | None = None
@@ -68,7 +68,8 @@ class Book:
             self._live[row.trial_id] = row
             return
         self._live.pop(row.trial_id, None)
-        self._lost[self._keys[row.trial_id]] += row.state is State.LOST
+        if row.state is State.LOST:
+            self._lost[self._keys[row.trial_id]].append(row)
         self.at_fault = self.at_fault or _is_the_studys_fault(row)
         if row.verifies is None:
             self._settle(row)
@@ -79,8 +80,8 @@ class Book:
         searched = (row for row in rows if row.verifies is None)
         return next((row for row in searched if row.state.teaches or not row.state.finished), None)
 
-    def lost(self, trial_id: str) -> int:
-        """How often the trial's setting was lost by the environment's fault."""
+    def lost(self, trial_id: str) -> Sequence[TrialRow]:
+        """The trials of the same setting that were lost by the environment's fault."""
         return self._lost[self._keys[trial_id]]
 
     def _settle(self, row: TrialRow) -> None:

@@ -62,7 +62,7 @@ def check_measurement(study: Study, results: Path) -> None:
     _check_attainment(study)
     _check_samples(study)
     check_traffic(study.workload)
-    if study.workload.client == "vllm-bench":
+    if study.workload.client == "vllm-bench" and study.ray.address is None:
         vllm_bench.require(str(study.engine.python or sys.executable))
     _check_writable(results)
 

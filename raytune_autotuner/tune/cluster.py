@@ -8,20 +8,28 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import ResourceSpec, Study
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 """Trials exchange a few kilobytes; Ray's own default takes a third of the memory."""
 CONNECT_S = 10.0
+ACCELERATOR = "accelerator_type:"
+"""Before the name of an accelerator, as Ray counts it among a node's resources."""
+ANSWER_S = 3.0
+"""So long a node may take to answer before it counts as lost; one that lives answers within milliseconds."""
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_JOBS_FILES = "runtime_resources"
+"""Names a folder in which Ray keeps what came with jobs."""
 _ENVIRONMENT = {
     # A kill by Ray's memory monitor ends the whole study; without it the kernel ends one actor.
     "RAY_memory_monitor_refresh_ms": "0",
@@ -33,6 +41,8 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Else Ray Tune starts one actor after the other; how many may wait is the searcher's business.
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
 }
 
@@ -43,6 +53,15 @@ class Node:
 
     cpus: float
     gpus: float
+    node_id: str = ""
+    accelerators: tuple[str, ...] = ()
+    """Ray's names for its accelerators."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def suits(self, wanted: ResourceSpec) -> bool:
+        """Whether a study that wants such nodes may run trials on it."""
+        right_kind = wanted.accelerator_type in (None, *self.accelerators)
+        return right_kind and wanted.node_labels.items() <= self.labels.items()
 
     def holds(self, cpus: float, gpus: float) -> int:
         """How many trials of that size fit on it at once."""
@@ -57,6 +76,10 @@ class Cluster:
 
     nodes: tuple[Node, ...]
     dashboard_url: str | None
+    here: str = ""
+    """Ray's id of the driver's own node."""
+    had_gpus: bool = False
+    """Whether there were GPUs at an earlier look; their nodes may be gone, but no trial does without."""
 
     @property
     def login_hint(self) -> str | None:
@@ -68,33 +91,98 @@ class Cluster:
     @property
     def shape(self) -> str:
         """For people: `1 node: 2 CPUs, 0 GPUs`."""
-        sizes = "; ".join(f"{node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in self.nodes)
+        alike = Counter(f"{node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in self.nodes)
+        sizes = "; ".join(f"{count} x {size}" if count > 1 else size for size, count in alike.items())
         return f"{len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}: {sizes}"
+
+    def for_trials(self, study: Study) -> list[Node]:
+        """The nodes that may run the study's trials: those with GPUs, where there are some; the largest one first.
+
+        Raises `ConfigError` where there is none.
+        """
+        wanted = study.resources
+        fit = [node for node in self.nodes if node.suits(wanted) and node.cpus >= wanted.cpus]
+        if not fit:
+            raise ConfigError(f"resources: a trial needs {wanted.cpus:g} CPUs on one node, but {self._offer(wanted)}.")
+        with_gpus = [node for node in fit if node.gpus and wanted.gpus != 0]
+        return sorted(with_gpus or fit, key=lambda node: (-node.gpus, -node.cpus))
+
+    def runs_trials_here(self, study: Study) -> bool:
+        """Whether the driver's own node is one of them."""
+        return any(node.node_id == self.here for node in self.for_trials(study))
+
+    def now(self) -> Cluster:
+        """The same cluster with the nodes that it has now: some may have joined, others died."""
+        return replace(self, nodes=_living_nodes(), had_gpus=self.has_gpus)
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether there are GPUs, or were."""
+        return self.had_gpus or any(node.gpus for node in self.nodes)
 
     def trial_resources(self, study: Study, engine: Engine, params: Params) -> dict[str, float]:
         """CPUs and GPUs that a trial of this setting holds."""
         gpus = study.resources.gpus
         if gpus == "auto":
-            has_gpus = any(node.gpus for node in self.nodes)
-            gpus = float(engine.parallel_size(params)) if has_gpus and engine.uses_gpus else 0.0
+            gpus = float(engine.parallel_size(params)) if self.has_gpus and engine.uses_gpus else 0.0
         return {"cpus": study.resources.cpus, "gpus": gpus}
+
+    def trial_config(self, study: Study, engine: Engine, params: Params) -> dict[str, Any]:
+        """`trial_resources`, the cores that the engine gets for itself as others may run beside it, and which nodes."""
+        need = self.trial_resources(study, engine, params)
+        wanted = study.resources
+        beside = wanted.max_concurrent != 1 and any(node.holds(**need) > 1 for node in self.nodes)
+        cores = math.ceil(need["cpus"]) if beside and not need["gpus"] else 0
+        return {**need, "cores": cores, "accelerator": wanted.accelerator_type, "labels": dict(wanted.node_labels)}
 
     def slots(self, study: Study, engine: Engine) -> int:
         """Trials at once: as many of the smallest size as fit, at most `resources.max_concurrent`.
 
-        Raises `ConfigError` where no node can hold the smallest or the largest trial.
+        0 while there is no node that holds one. What can never fit is refused by `require`.
         """
-        fits = []
+        fits = max(self._fitting(study, engine, params) for params in _extremes(study, engine))
+        return min(fits, study.resources.max_concurrent or fits)
+
+    def require(self, study: Study, engine: Engine) -> None:
+        """Raise `ConfigError` where no node can hold the smallest or the largest trial."""
         for params in _extremes(study, engine):
-            need = self.trial_resources(study, engine, params)
-            fits.append(sum(node.holds(**need) for node in self.nodes))
-            if fits[-1] == 0:
+            if self._fitting(study, engine, params) == 0:
+                need = self.trial_resources(study, engine, params)
                 raise ConfigError(
                     f"resources: a trial needs {need['cpus']:g} CPUs and {need['gpus']:g} GPUs on one node"
-                    f"{f' with {dict(params)}' if params else ''}, but the cluster has {self.shape}.\n"
+                    f"{f' with {dict(params)}' if params else ''}, but {self._offer(study.resources)}.\n"
                     "Lower resources.cpus or resources.gpus, or the parallel sizes in search_space."
                 )
-        return min(max(fits), study.resources.max_concurrent or max(fits))
+
+    def _offer(self, wanted: ResourceSpec) -> str:
+        """What the cluster has for a study, for people."""
+        if all(node.suits(wanted) for node in self.nodes):
+            return f"the cluster has {self.shape}"
+        suiting = replace(self, nodes=tuple(node for node in self.nodes if node.suits(wanted)))
+        there = sorted({name for node in self.nodes for name in node.accelerators}) or ["none"]
+        return (
+            f"of the cluster's {len(self.nodes)} nodes those with resources.accelerator_type and node_labels are "
+            f"{suiting.shape}; accelerators: {', '.join(there)}"
+        )
+
+    def _fitting(self, study: Study, engine: Engine, params: Params) -> int:
+        need = self.trial_resources(study, engine, params)
+        return sum(node.holds(**need) for node in self.nodes if node.suits(study.resources))
+
+
+def address_of(study: Study, results: Path) -> str | None:
+    """The cluster to join: the study's, or that of the Ray job that this process is; None: a Ray of its own.
+
+    Raises `ConfigError` where a job's results would be deleted with it.
+    """
+    if _JOB not in os.environ:
+        return study.ray.address
+    if _JOBS_FILES in results.absolute().parts:
+        raise ConfigError(
+            f"--results {results}: lies in the job's own working directory, which Ray deletes.\n"
+            "Name a path that stays, best one that all nodes share."
+        )
+    return study.ray.address or "auto"
 
 
 def this_machine() -> Cluster:
@@ -122,6 +210,7 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
         _check_path(sys.executable)
     import ray
 
+    joined: dict[str, Any] = {"runtime_env": _travelling()}
     local: dict[str, Any] = {
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
@@ -133,22 +222,57 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
             address=address or "local",  # left out, Ray joins whatever `ray start` has left on this machine
             logging_level=logging.CRITICAL,
             log_to_driver=False,
-            **(local if address is None else {}),
+            **(local if address is None else joined),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(_not_answering(address, str(error).splitlines()[0])) from error
     # Its errors are ours to tell, each once, with its trial.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
-        nodes = tuple(
-            Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"]
-        )
         url = getattr(context, "dashboard_url", None)
-        yield Cluster(nodes, f"http://{url}" if url else None)
+        here = ray.get_runtime_context().get_node_id()
+        yield Cluster(_living_nodes(), f"http://{url}" if url else None, here)
     finally:
         ray.shutdown()
+
+
+def _travelling() -> dict[str, Any]:
+    """What workers on other machines get from here: this package, unless it came with a job, as then they have it."""
+    variables = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    package = Path(__file__).parents[1]
+    modules = {} if _JOBS_FILES in package.parts else {"py_modules": [str(package)], "excludes": ["__pycache__"]}
+    return {"env_vars": variables, **modules}
+
+
+def node_answers(node_id: str) -> bool:
+    """Whether the node lives, by Ray's own account, and its Ray can be reached from here.
+
+    Ray takes up to a minute to see that a node is cut off; one that does not answer is as good as lost.
+    """
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    node = next((node for node in nodes if node["NodeID"] == node_id and node["Alive"]), None)
+    if node is None:
+        return False
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _living_nodes() -> tuple[Node, ...]:
+    import ray
+
+    nodes = sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))  # type: ignore[no-untyped-call]
+    return tuple(_node(node) for node in nodes if node["Alive"])
+
+
+def _node(said: Mapping[str, Any]) -> Node:
+    has = said["Resources"]
+    accelerators = tuple(name.removeprefix(ACCELERATOR) for name in has if name.startswith(ACCELERATOR))
+    return Node(has.get("CPU", 0.0), has.get("GPU", 0.0), said["NodeID"], accelerators, dict(said["Labels"]))
 
 
 def _check_path(python: str) -> None:

@@ -6,6 +6,7 @@ Knows neither Ray nor Optuna: a trial can be run and debugged by hand. Everythin
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import NoReturn, TypeAlias
 
 from raytune_autotuner.engine.contract import Engine, Launch
 from raytune_autotuner.engine.gpus import EnergyMeter
+from raytune_autotuner.engine.machine import hardware
 from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.load import client, quality, vllm_bench
@@ -119,11 +121,13 @@ class Evaluation:
             failure = self._unexpected(error)
         metrics = self._metrics() if failure is None else self._quality
         self.seconds["total"] = time.monotonic() - begun
-        result = TrialResult(metrics, failure, self.seconds, self._answers)
+        place = (socket.gethostname(), hardware(self.gpus))
+        result = TrialResult(metrics, failure, self.seconds, self._answers, *place)
         self._keep(result, str(failure or f"measured in {self.seconds['total']:.1f} s"))
         return result
 
     def _measure(self) -> Generator[Metrics, None, None]:
+        self._require_files()
         with free_port() as port, free_cores(self.cores) as cores, ExitStack() as self._until_the_end:
             launch = self.engine.launch(self.params, port)
             self._describe(launch, cores)
@@ -140,6 +144,17 @@ class Evaluation:
                 with self._timed("stop"):
                     # vLLM ignores SIGTERM while it starts, so there is nothing to wait for before it is ready.
                     server.stop(None if self.stage.order >= Stage.READY.order else IMPATIENT_S)
+
+    def _require_files(self) -> None:
+        """Paths mean the same on every machine that runs trials, or the study cannot be run there."""
+        for key, path in self.study.files.items():
+            if not path.exists():
+                self._fail(
+                    Kind.FILE_NOT_FOUND,
+                    f"{key}: {path} is not on {socket.gethostname()}",
+                    "Put it there on every machine that runs trials, or name a path that they share.",
+                    Blame.STUDY,
+                )
 
     def _server(self, launch: Launch, port: int, cores: tuple[int, ...]) -> EngineServer:
         return EngineServer(

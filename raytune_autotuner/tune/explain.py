@@ -82,7 +82,9 @@ def explain(study: Study, results: Path) -> Explanation:
     cluster = this_machine()
     try:
         engine.preflight()
-        slots = cluster.slots(study, engine)
+        if study.ray.address is None:
+            cluster.require(study, engine)
+        slots = max(cluster.slots(study, engine), 1)
         refused = _refusals(study, engine, SAMPLED)
         first = _first(study, engine)
     finally:

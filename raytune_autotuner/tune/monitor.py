@@ -17,8 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_autotuner.study.failure import Kind, Stage
+from raytune_autotuner.tune.cluster import node_answers
 from raytune_autotuner.tune.standing import Standing
 
 TICK_S = 0.1
@@ -44,20 +46,28 @@ class TrialMonitor:
     async def watch(self) -> None:
         """End trials whose time is up; runs until the study ends."""
         while not self._over:
-            now = time.time()
-            for trial_id in list(self._actors):
-                standing = self._standing[trial_id]
-                if now - standing.started_at >= self._timeout_s:
-                    moving = now - standing.moved_at < min(self._hung_after_s, self._timeout_s / 2)
-                    self._end(trial_id, Kind.DEADLINE if moving else Kind.HUNG)
-                elif now - standing.moved_at >= self._hung_after_s:
-                    self._end(trial_id, Kind.HUNG)
-            await asyncio.sleep(TICK_S)
+            overdue = {trial_id: kind for trial_id in self._actors if (kind := self._why_overdue(trial_id))}
+            ends = [self._end_overdue(trial_id, kind) for trial_id, kind in overdue.items()]
+            await asyncio.gather(*ends, asyncio.sleep(TICK_S))
 
-    async def register(self, trial_id: str, actor: Any, node_id: str) -> bool:
-        """A trial's clock starts; False where the study is ending and it must not begin."""
+    def _why_overdue(self, trial_id: str) -> Kind | None:
+        """Why the trial is to be ended now; None where it is not."""
+        now, standing = time.time(), self._standing[trial_id]
+        if now - standing.started_at >= self._timeout_s:
+            moving = now - standing.moved_at < min(self._hung_after_s, self._timeout_s / 2)
+            return Kind.DEADLINE if moving else Kind.HUNG
+        return Kind.HUNG if now - standing.moved_at >= self._hung_after_s else None
+
+    async def _end_overdue(self, trial_id: str, kind: Kind) -> None:
+        """End a trial; one that was not heard of because its node is cut off is not to blame for it."""
+        answers = await asyncio.to_thread(node_answers, self._standing[trial_id].node_id)
+        if trial_id in self._actors:  # else it has got there meanwhile
+            self._end(trial_id, kind if answers else Kind.NODE_LOST)
+
+    async def register(self, trial_id: str, actor: Any, standing: Standing) -> bool:
+        """A trial's clock starts, where it stands; False where the study is ending and it must not begin."""
         now = time.time()
-        self._standing[trial_id] = Standing(started_at=now, moved_at=now, node_id=node_id)
+        self._standing[trial_id] = replace(standing, started_at=now, moved_at=now)
         if self._closed:
             return False
         self._actors[trial_id] = actor
@@ -105,8 +115,11 @@ class TrialMonitor:
 
 
 def start_monitor(run_id: str, timeout_s: float, hung_after_s: float) -> Any:
-    """The study's monitor as an actor handle, its clock running."""
+    """The study's monitor as an actor handle, its clock running; on the driver's node, with which it ends."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}  # `watch` goes on after a restart
-    monitor: Any = ray.remote(TrialMonitor).options(**options).remote(run_id, timeout_s, hung_after_s)
+    monitor: Any = (
+        ray.remote(TrialMonitor).options(**options, scheduling_strategy=here).remote(run_id, timeout_s, hung_after_s)
+    )
     monitor.watch.remote()
     return monitor

@@ -32,6 +32,8 @@ SCORE = "score"
 """The metric's name in Ray Tune's results."""
 RESULT = "trial_result"
 """Key of the whole `TrialResult` in a trial's last report to Ray Tune."""
+MAX_NODES_LOST = 3
+"""A setting that was lost with so many nodes is not run again: it may be what ends them."""
 
 
 class TrialReporter:
@@ -44,6 +46,7 @@ class TrialReporter:
         rules: LogRules,
         *,
         standing_of: Callable[[str], Standing],
+        node_answers: Callable[[str], bool] = lambda node_id: True,
         bring_files: Callable[[Path, str], None] = lambda trial_dir, node_id: None,
         on_change: Callable[[TrialRow], None] = lambda row: None,
     ) -> None:
@@ -51,6 +54,7 @@ class TrialReporter:
         self._folder = folder
         self._rules = rules
         self._standing_of = standing_of
+        self._node_answers = node_answers
         self._bring_files = bring_files
         self._on_change = on_change
         self._book = Book(study.objective.direction)
@@ -163,7 +167,10 @@ class TrialReporter:
         if row.state.finished:
             return row
         standing = self._standing_of(trial_id)
-        self._bring_files(self._folder.trial_dir(row.number, trial_id), standing.node_id)
+        if report is None and standing.node_id and not self._node_answers(standing.node_id):
+            standing = replace(standing, ended_by=Kind.NODE_LOST)
+        else:
+            self._bring_files(self._folder.trial_dir(row.number, trial_id), standing.node_id)
         result = self._result(row, report, standing)
         row = self._judged(row, result, standing)
         self._put(row)
@@ -174,8 +181,9 @@ class TrialReporter:
 
     def to_retry(self, row: TrialRow) -> bool:
         """Whether a lost trial's setting is to be queued again."""
-        lost = row.state is State.LOST and row.verifies is None and not self.interrupted
-        return lost and self._book.lost(row.trial_id) <= self._study.trial.retries
+        lost = self._book.lost(row.trial_id)
+        wanted = row.state is State.LOST and row.verifies is None and not self.interrupted
+        return wanted and may_run_again(lost, self._study.trial.retries)
 
     def _put(self, row: TrialRow) -> None:
         self._book.put(row)
@@ -184,18 +192,23 @@ class TrialReporter:
     def _result(self, row: TrialRow, report: Mapping[str, Any] | None, standing: Standing) -> TrialResult:
         if report is not None and RESULT in report:
             return TrialResult.from_dict(report[RESULT])
+        seconds = {"total": standing.elapsed_s}
+        bare = TrialResult(seconds=seconds, node=standing.node, hardware=standing.hardware)
         if row.trial_id in self._stopped:
             partial = {name: value for name, value in (report or {}).items() if name.partition("@")[0] in METRICS}
-            return TrialResult(partial, None, {"total": standing.elapsed_s})
+            return replace(bare, metrics=partial)
         # The actor died. A result that it had written before counts: its last second does not take it away.
         written = read_result(self._folder.trial_dir(row.number, row.trial_id))
-        return written or TrialResult({}, self._cause(row, standing), {"total": standing.elapsed_s})
+        return written or replace(bare, failure=self._cause(row, standing))
 
     def _cause(self, row: TrialRow, standing: Standing) -> Failure:
         """Why a trial failed whose actor is dead."""
+        if standing.ended_by is Kind.NODE_LOST:
+            return _lost_with_node(standing)
         if standing.ended_by is not None:
             return self._timed_out(standing)
-        repeated = self._book.lost(row.trial_id) >= self._study.trial.retries
+        by_themselves = [one for one in self._book.lost(row.trial_id) if not _is_node_lost(one)]
+        repeated = len(by_themselves) >= self._study.trial.retries
         if not standing.started_at:
             return _never_began(Blame.STUDY if repeated else Blame.ENVIRONMENT)
         trial_dir = self._folder.trial_dir(row.number, row.trial_id)
@@ -241,6 +254,22 @@ class TrialReporter:
         if row.score is None or baseline is None or not baseline.score:
             return row
         return replace(row, relative=row.score / baseline.score)
+
+
+def may_run_again(lost: Sequence[TrialRow], retries: int) -> bool:
+    """Whether a setting is run once more after the trials `lost`, which failed by no fault of its own."""
+    with_nodes = sum(_is_node_lost(row) for row in lost)
+    return with_nodes < MAX_NODES_LOST and len(lost) - with_nodes <= retries
+
+
+def _is_node_lost(row: TrialRow) -> bool:
+    return row.result.failure is not None and row.result.failure.kind is Kind.NODE_LOST
+
+
+def _lost_with_node(standing: Standing) -> Failure:
+    evidence = "the trial's node died, or cannot be reached any more"
+    remedy = "See what became of the machine; the setting is run again on another one."
+    return Failure(standing.stage, Kind.NODE_LOST, Blame.ENVIRONMENT, evidence, remedy, standing.share)
 
 
 def _never_began(blame: Blame) -> Failure:

@@ -32,6 +32,7 @@ CHANGEABLE = (
     "trial.log_limit_mb",
     "resources.max_concurrent",
     "resources.price_per_hour",
+    "ray.address",
 )
 """Keys that may differ from the interrupted run's: none of them changes what a trial measures."""
 

@@ -19,8 +19,8 @@ from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
-from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.machine import machine
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
@@ -38,8 +38,9 @@ from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.callback import StudyCallback
 from raytune_autotuner.tune.checks import check_study, quality_notes
-from raytune_autotuner.tune.cluster import Cluster, running_cluster
+from raytune_autotuner.tune.cluster import Cluster, address_of, node_answers, running_cluster
 from raytune_autotuner.tune.early_stop import StopHopeless
+from raytune_autotuner.tune.engine_there import engine_of
 from raytune_autotuner.tune.files import bring_files
 from raytune_autotuner.tune.monitor import TICK_S, start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
@@ -50,11 +51,13 @@ from raytune_autotuner.tune.standing import Standing
 from raytune_autotuner.tune.stopping import enough
 from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.trainable import EngineTrial, Job
-from raytune_autotuner.tune.versions import machine, versions
+from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
 OK, NO_RESULT, INTERRUPTED = 0, 1, 130
 _STOP = (signal.SIGINT, signal.SIGTERM)
+LOOK_S = 2.0
+"""So often the cluster is asked for its nodes."""
 ANSWER_S = 5.0
 """The monitor answers in milliseconds; one that does not is lost with its node."""
 
@@ -63,7 +66,6 @@ def run_study(
     study: Study,
     results: Path,
     *,
-    address: str | None = None,
     resume: bool = False,
     verbose: bool = False,
     trainable: type[EngineTrial] = EngineTrial,
@@ -74,31 +76,17 @@ def run_study(
     Raises `ConfigError` before anything is started where the study cannot run on this machine or cluster.
     """
     check_study(study, results)
-    engine = make_engine(study)
-    with closing(engine):
-        return _run(study, results, engine, address, resume, verbose, trainable)
-
-
-def _run(
-    study: Study,
-    results: Path,
-    engine: Engine,
-    address: str | None,
-    resume: bool,
-    verbose: bool,
-    trainable: type[EngineTrial],
-) -> int:
     before = unfinished_run(study, results.absolute()) if resume else None
-    if before is not None:
-        check_versions(before, engine.versions())
-    engine.preflight()
-    learned = learn_from_earlier(study, {"engine": engine.versions(), "machine": machine()})
-    sweep_orphans()
-    with ExitStack() as until_all_is_ended, running_cluster(address) as cluster:
-        slots = cluster.slots(study, engine)
+    address = address_of(study, results)
+    with ExitStack() as until_all_is_ended:
+        joined = until_all_is_ended.enter_context(running_cluster(address)) if address else None
+        engine = until_all_is_ended.enter_context(closing(engine_of(study, joined)))
+        learned = _prepare(study, engine, before)
+        cluster = joined or until_all_is_ended.enter_context(running_cluster())
+        cluster.require(study, engine)
         folder = before or ResultsFolder.create(results.absolute(), study)
         watcher = make_watcher(verbose)
-        run = _Run(study, engine, cluster, slots, folder, watcher, trainable, learned, resumed=before is not None)
+        run = _Run(study, engine, cluster, folder, watcher, trainable, learned, resumed=before is not None)
         until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
             run.search()
@@ -109,6 +97,15 @@ def _run(
             sweep_orphans()
 
 
+def _prepare(study: Study, engine: Engine, before: ResultsFolder | None) -> list[Learned]:
+    """The engine's own checks, before the first trial; what `search.warm_start` has to teach."""
+    if before is not None:
+        check_versions(before, engine.versions())
+    engine.preflight()
+    sweep_orphans()
+    return learn_from_earlier(study, {"engine": engine.versions(), "machine": machine()})
+
+
 @dataclass
 class _Run:
     """One running study: the parts, and what passes between them."""
@@ -116,7 +113,6 @@ class _Run:
     study: Study
     engine: Engine
     cluster: Cluster
-    slots: int
     folder: ResultsFolder
     watcher: Watcher
     trainable: type[EngineTrial]
@@ -129,6 +125,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         limits = self.study.trial
+        self.slots = self.cluster.slots(self.study, self.engine)
+        self._looked_at = time.monotonic()
         self.log = LogWriter(self.folder.study_log)
         self.events = Events(self.study, verbose=True)
         self.board = TensorBoardWriter(self.folder, self.study)
@@ -138,6 +136,7 @@ class _Run:
             self.folder,
             self.engine.rules,
             standing_of=self._standing_of,
+            node_answers=node_answers,
             bring_files=bring_files,
             on_change=self._changed,
         )
@@ -181,8 +180,8 @@ class _Run:
             storage=storage,
             teller=Teller(self.study),
             defaults=self.engine.defaults(),
-            slots=self.slots,
-            trial_resources=lambda params: self.cluster.trial_resources(self.study, self.engine, params),
+            slots=lambda: self.slots,
+            placement=self._placement,
             may_start=self._may_start,
             may_verify=self._may_verify,
             refuse=self.engine.refuse,
@@ -231,9 +230,7 @@ class _Run:
 
     def _tuner(self, searcher: StudySearch) -> Tuner:
         study = self.study
-        # Ray Tune starts one actor after the other unless as many trials may wait as there are slots.
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.slots)
-        job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor, self.slots)
+        job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor)
         trainable = tune.with_parameters(self.trainable, job=job)
         trainable.__name__ = trainable.__qualname__ = self.trainable.__name__  # as the Ray dashboard shows it
         return Tuner(
@@ -282,7 +279,7 @@ class _Run:
         ended = [row.result.seconds["total"] for row in self.reporter.searched if row.state is State.MEASURED]
         if not ended:
             return 0.0
-        return min(self.study.verify.starts / self.slots * sum(ended) / len(ended), budget / 2)
+        return min(self.study.verify.starts / max(self.slots, 1) * sum(ended) / len(ended), budget / 2)
 
     @property
     def _elapsed_s(self) -> float:
@@ -304,8 +301,23 @@ class _Run:
         self.refresh()
         self.keep_tables()
 
+    def _placement(self, params: Params) -> dict[str, Any]:
+        return self.cluster.trial_config(self.study, self.engine, params)
+
+    def _look(self) -> None:
+        """Follow the cluster: a node that joined is used at once, none is waited for that is gone."""
+        self._looked_at = time.monotonic()
+        now = self.cluster.now()
+        if now.nodes == self.cluster.nodes:
+            return
+        self.cluster, self.slots = now, now.slots(self.study, self.engine)
+        self.status = replace(self.status, concurrency=self.slots)
+        self.log.write_study(f"cluster: {now.shape}; {self.slots} trials at once")
+
     def _refresh(self) -> None:
         """Bring table and status up to date with what the trials said last."""
+        if time.monotonic() - self._looked_at >= LOOK_S:
+            self._look()
         try:
             self.standings |= ray.get(self.monitor.standings.remote(), timeout=ANSWER_S)
         except ray.exceptions.RayError:

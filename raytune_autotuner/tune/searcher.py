@@ -50,8 +50,8 @@ class StudySearch(OptunaSearch):
         storage: BaseStorage,
         teller: Teller,
         defaults: Params,
-        slots: int,
-        trial_resources: Callable[[Params], Mapping[str, float]],
+        slots: Callable[[], int],
+        placement: Callable[[Params], Mapping[str, Any]],
         may_start: Callable[[], bool],
         may_verify: Callable[[], bool],
         refuse: Callable[[Params], Failure | None] = lambda params: None,
@@ -63,7 +63,7 @@ class StudySearch(OptunaSearch):
         self._teller = teller
         self._defaults = dict(defaults)
         self._slots = slots
-        self._trial_resources = trial_resources
+        self._placement = placement
         self._may_start = may_start
         self._may_verify = may_verify
         self._refuse = refuse
@@ -92,7 +92,7 @@ class StudySearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Any:
         """The next setting as a trial's config; None for not now, `Searcher.FINISHED` for never again."""
-        if len(self._reporter.live) >= self._slots:
+        if len(self._reporter.live) >= self._slots():
             return None
         if not self._may_start():
             return self._verification(trial_id)
@@ -111,7 +111,7 @@ class StudySearch(OptunaSearch):
     def _config(self, row: TrialRow) -> dict[str, Any]:
         """What the trial's actor is given."""
         config = {"number": row.number, "params": dict(row.params), "restart": row.restart}
-        return {**config, "reference": self._reporter.reference, **self._trial_resources(row.params)}
+        return {**config, "reference": self._reporter.reference, **self._placement(row.params)}
 
     def _awaits_reference(self) -> bool:
         """Whether answers must be held against those of a baseline that has not ended yet."""

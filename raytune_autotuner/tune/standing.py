@@ -24,6 +24,9 @@ class Standing:
     ended_at: float | None = None
     node_id: str = ""
     """Ray's id of the node that it runs on."""
+    node: str = ""
+    """That machine's host name."""
+    hardware: str = ""
     metrics: Mapping[str, float] | None = None
     """What was measured in the rounds so far."""
 

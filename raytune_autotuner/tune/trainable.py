@@ -6,8 +6,8 @@ failures as results; those that kill it are found by the monitor and the reporte
 
 from __future__ import annotations
 
-import math
 import os
+import socket
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -19,16 +19,21 @@ from ray import tune
 from ray.tune import PlacementGroupFactory
 
 from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.engine.machine import hardware
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.tune.cluster import ACCELERATOR
 from raytune_autotuner.tune.early_stop import LOADED, LOADS
 from raytune_autotuner.tune.evaluate import Evaluation, Metrics
 from raytune_autotuner.tune.reporter import RESULT, SCORE
+from raytune_autotuner.tune.standing import Standing
 
 BACKSTOP_S = 2.0
 """The actor's own deadline lies so much after the monitor's, which is the one that counts."""
+A_TRACE = 0.001
+"""Of an accelerator's name, which Ray counts as a resource of which each such node has 1."""
 BEAT_S = 0.2
 MONITOR_ANSWER_S = 10.0
 """The monitor answers in milliseconds, or after some seconds where it has to be started again."""
@@ -42,8 +47,6 @@ class Job:
     run_id: str
     trials_dir: Path
     monitor: Any
-    slots: int = 1
-    """Trials at once."""
 
 
 class EngineTrial(tune.Trainable):
@@ -51,9 +54,11 @@ class EngineTrial(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """One bundle with the trial's CPUs and GPUs."""
-        bundle = {"CPU": config["cpus"]} | ({"GPU": config["gpus"]} if config["gpus"] else {})
-        return PlacementGroupFactory([bundle])
+        """One bundle, which is on one node, with the trial's CPUs and GPUs, on a node of the kind that is wanted."""
+        bundle = {"CPU": config["cpus"], "GPU": config["gpus"]}
+        if config["accelerator"]:
+            bundle[f"{ACCELERATOR}{config['accelerator']}"] = A_TRACE
+        return PlacementGroupFactory([bundle], "STRICT_PACK", bundle_label_selector=[config["labels"]])
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
         """Start the trial's clock at the monitor; nothing else."""
@@ -63,7 +68,9 @@ class EngineTrial(tune.Trainable):
         self._beaten_at = 0.0
         self._beaten_stage: Stage | None = None
         here = ray.get_runtime_context()
-        joined = job.monitor.register.remote(self.trial_id, here.current_actor, here.get_node_id())
+        self._gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+        place = Standing(node_id=here.get_node_id(), node=socket.gethostname(), hardware=hardware(self._gpus))
+        joined = job.monitor.register.remote(self.trial_id, here.current_actor, place)
         self._welcome = self._ask_monitor(joined, default=True)
 
     def __repr__(self) -> str:
@@ -94,9 +101,8 @@ class EngineTrial(tune.Trainable):
     def _make_evaluation(self) -> Evaluation:
         sweep_orphans()
         study = self._job.study
-        gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
         # Without this a trial that holds no GPU would see all of them.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         return Evaluation(
             study,
             make_engine(study),
@@ -106,8 +112,8 @@ class EngineTrial(tune.Trainable):
             self.trial_id,
             on_progress=self._beat,
             on_measured=self._measured,
-            gpus=gpus,
-            cores=math.ceil(self.config["cpus"]) if self._job.slots > 1 and not gpus else 0,
+            gpus=self._gpus,
+            cores=self.config["cores"],
             restart=self.config["restart"],
             reference=self.config["reference"],
             deadline=self._begun + study.trial.timeout_s + BACKSTOP_S,

@@ -12,6 +12,7 @@ from raytune_autotuner.score.pareto import knee, pareto_front
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+from raytune_autotuner.tune.reporter import may_run_again
 
 
 def finalists(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
@@ -70,6 +71,6 @@ def _due(study: Study, again: Sequence[TrialRow], chosen: TrialRow, restart: int
     if any(row.state is State.FAILED for row in tried):
         return False  # one failure is enough: it is out
     same = [row for row in tried if row.restart == restart]
-    lost = sum(row.state is State.LOST for row in same)
+    lost = [row for row in same if row.state is State.LOST]
     ended_or_running = any(row.state in (State.PENDING, State.RUNNING, State.MEASURED) for row in same)
-    return not ended_or_running and lost <= study.trial.retries
+    return not ended_or_running and may_run_again(lost, study.trial.retries)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import psutil
-
 from raytune_autotuner import __version__
 from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.machine import machine
 from raytune_autotuner.tune.cluster import Cluster
 
 
@@ -28,24 +25,8 @@ def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """The machine of the study's driver."""
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-    }
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

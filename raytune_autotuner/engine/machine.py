@@ -1,0 +1,39 @@
+"""What a machine is: for `versions.json`, and to tell results of different hardware apart.
+
+Knows nothing of engines and clusters.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from raytune_autotuner.engine.gpus import describe_gpus
+
+
+def machine() -> dict[str, Any]:
+    """What `versions.json` says of the machine that asks."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def hardware(gpus: Sequence[str]) -> str:
+    """What a trial's figures rest on: the kind of its GPUs, or where it holds none, processor, cores and memory."""
+    if gpus:
+        return describe_gpus(gpus)
+    memory_gib = psutil.virtual_memory().total / 2**30
+    return f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

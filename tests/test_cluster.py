@@ -1,0 +1,84 @@
+"""A study over several Ray nodes that share no path, of which one dies and another one joins while it runs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+import raytune_autotuner
+from raytune_autotuner.report.results import ResultsFolder
+from tests.ray_nodes import Network, environment, why_not
+from tests.studies import command, marks, only_run, optuna_trials, write_study
+from tests.test_study_run import SLOW, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+PACKAGE = Path(raytune_autotuner.__file__).parent
+HUNG = "hang@initialization"
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    if why := why_not():
+        pytest.skip(why)
+    with Network() as network:
+        yield network
+
+
+def test_a_study_goes_on_while_nodes_die_and_join_and_their_files_come_back(tmp_path: Path, network: Network) -> None:
+    (tmp_path / "results").mkdir()
+    # The package is on the head alone, as are the results; and the head's own CPU is not of the zone that is wanted.
+    apart = [tmp_path / "results", PACKAGE]
+    head = network.start_head("--num-cpus=1")
+    first = network.start_node("--labels=zone=far", hide=apart)
+    study = write_study(
+        tmp_path,
+        engine={"args": {"fault": "none", "max-num-seqs": 64}},
+        search_space={"fault": {"choice": ["none", HUNG]}, "max-num-seqs": {"choice": [8, 64]}},
+        search={"trials": 3, "points": [{"fault": HUNG}, {"fault": "none", "max-num-seqs": 8}]},
+        workload={**SLOW, "requests": 20},
+        trial={"timeout_s": 40, "hung_after_s": 4},
+        resources={"cpus": 1, "node_labels": {"zone": "far"}},
+    )
+    driver = subprocess.Popen(
+        head.inside(command(study, "--address", "auto")), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    with driver:
+        wait_for(lambda: any(mark.endswith(trial_id(study, 2)) for mark in marks_of(study).values()))
+        first.kill()
+        second = network.start_node("--labels=zone=far", hide=apart)
+        said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    folder = only_run(study)
+    rows = folder.read_rows()
+    assert [(str(row.state), row.result.node) for row in rows] == [
+        ("measured", first.name),
+        ("failed", first.name),
+        ("lost", first.name),
+        ("measured", second.name),
+    ]
+    assert rows[2].result.failure is not None
+    assert (str(rows[2].result.failure.kind), rows[3].retry_of) == ("node-lost", 2)
+    told = [trial.state for trial in optuna_trials(folder)]
+    assert told == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    for row, last in ((rows[0], "measured in"), (rows[1], "initialization"), (rows[3], "measured in")):
+        there = folder.trial_dir(row.number, row.trial_id)
+        assert {"trial.log", "engine.log", "command.json"} <= {path.name for path in there.iterdir()}
+        assert last in (there / "trial.log").read_text()
+    assert (folder.find_trial_dir(0) / "requests.parquet").is_file()
+    assert marks_of(study) == {}
+
+
+def trial_id(study: Path, number: int) -> str:
+    """The id of the study's trial, as marks end with it; no mark ends with that of one that was not begun."""
+    begun = [*study.parent.glob(f"results/*/trials/{number}-*/trial.json")]
+    return f":{begun[0].parent.name.partition('-')[2]}" if begun else "not begun"
+
+
+def marks_of(study: Path) -> dict[int, str]:
+    """The processes of the study's trials, on all nodes."""
+    runs = ResultsFolder.runs(study.parent / "results")
+    return {pid: mark for run in runs for pid, mark in marks(run.path.name).items()}
