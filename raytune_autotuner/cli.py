@@ -65,11 +65,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    named = [] if arguments.address is None else [f"ray.address={json.dumps(arguments.address)}"]
-    study = _load(arguments, named)
+    study = _load(arguments, _address(arguments))
     from raytune_autotuner.tune.run import run_study
 
     return run_study(study, arguments.results, resume=arguments.resume, verbose=arguments.verbose)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.tune.run import run_study
+    from raytune_autotuner.tune.verify import study_to_verify
+
+    earlier = ResultsFolder.open(arguments.earlier)
+    overrides = [*arguments.set, *_address(arguments)]
+    study, verifies = study_to_verify(earlier, arguments.trial, arguments.restarts, overrides)
+    results = arguments.results or earlier.path.parent
+    return run_study(study, results, resume=arguments.resume, verbose=arguments.verbose, verifies=verifies)
+
+
+def _address(arguments: argparse.Namespace) -> list[str]:
+    """`--address` as an override of the study."""
+    return [] if arguments.address is None else [f"ray.address={json.dumps(arguments.address)}"]
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -253,6 +269,7 @@ def _write(path: Path, text: str) -> None:
 _COMMANDS = {
     "run": _run,
     "init": _init,
+    "verify": _verify,
     "check": _check,
     "bench": _bench,
     "logs": _logs,
@@ -290,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="STUDY.yaml | COMMAND")
     _add_run(commands.add_parser("run", help="run a study; the word `run` may be left out"))
     _add_init(commands.add_parser("init", help="write a study for a model that fits this machine, ready to run"))
+    _add_verify(commands.add_parser("verify", help="measure a run's winner and baseline again: does the gain hold?"))
     check = commands.add_parser("check", help="explain a study without starting an engine")
     _add_study(check)
     check.add_argument("--json", action="store_true")
@@ -325,9 +343,30 @@ def _add_changes(command: argparse.ArgumentParser) -> None:
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     _add_study(run)
-    run.add_argument("--address", metavar="A", help="same as --set ray.address=A; default: Ray is started here")
-    run.add_argument("--resume", action="store_true", help="go on with the study's newest unfinished run")
-    run.add_argument("-v", "--verbose", action="store_true")
+    _add_how_to_run(run, "the study's newest unfinished run")
+
+
+_VERIFY = """\
+Measures the winner and the baseline of an earlier run again, on fresh engine starts, with the engine and machine as
+they are now, and says whether the gain still holds and what is different. Exit code 0: it holds, or it does not; 1:
+that could not be told; 2: nothing was started, as when the engine no longer knows a flag of the setting.
+"""
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    verify.description = _VERIFY
+    verify.add_argument("earlier", type=Path, metavar="RESULTS", help="folder of the earlier run; it is only read")
+    verify.add_argument("--trial", type=int, metavar="N", help="another setting than the winner")
+    verify.add_argument("--restarts", type=int, metavar="N", help="engine starts of each setting; default: the study's")
+    verify.add_argument("--results", type=Path, metavar="DIR", help="parent of the new folder; default: beside RESULTS")
+    verify.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="model, engine, load, ...")
+    _add_how_to_run(verify, "the newest unfinished one that verifies the same")
+
+
+def _add_how_to_run(command: argparse.ArgumentParser, resumed: str) -> None:
+    command.add_argument("--address", metavar="A", help="same as --set ray.address=A; default: Ray is started here")
+    command.add_argument("--resume", action="store_true", help=f"go on with {resumed}")
+    command.add_argument("-v", "--verbose", action="store_true")
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:

@@ -86,6 +86,16 @@ int nvmlDeviceGetMemoryInfo(void *handle, memory_info *answer) {
   answer->free = answer->total - answer->used;
   return 0;
 }
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+  device found[16];
+  *count = read_devices(found);
+  return 0;
+}
+
+int nvmlDeviceGetName(void *handle, char *name, unsigned length) { return snprintf(name, length, "Stand-in 80GB") < 0; }
+
+int nvmlSystemGetDriverVersion(char *version, unsigned length) { return snprintf(version, length, "550.54.15") < 0; }
 """
 COUNTER = r"""
 int nvmlDeviceGetTotalEnergyConsumption(void *handle, unsigned long long *answer) {
@@ -224,6 +234,12 @@ gpus.await_return()
 answer = [gpus.held, time.monotonic() - begun >= 0.2]
 """
     assert machine.ask(code) == [[], True]
+
+
+def test_a_machine_is_told_by_its_gpus_and_their_driver(machine: Machine) -> None:
+    machine.has(Device("GPU-a"), Device("GPU-b"))
+    assert machine.ask("answer = gpus_and_driver()") == {"gpus": "2 x Stand-in 80GB, 80 GiB", "gpu_driver": "550.54.15"}
+    assert machine.ask("answer = gpus_and_driver()", NVML_STAND_IN_INIT="9") == {}
 
 
 # --- energy ---

@@ -297,3 +297,11 @@ def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pyt
     (snapshot / "config.json").write_text("{}")
     assert models.local_folder("org/name") == snapshot
     assert models.local_folder(str(snapshot)) == snapshot
+
+
+@pytest.mark.parametrize(
+    "config", [{"num_experts": 8}, {"text_config": {"n_routed_experts": 64}}, {"moe_num_experts": 2}]
+)
+def test_a_mixture_of_experts_is_known_by_its_counts(config: dict[str, Any]) -> None:
+    assert memory.mixes_experts(config)
+    assert not memory.mixes_experts({"num_experts": 0, "num_experts_per_tok": 1, "num_local_experts": None})

@@ -77,6 +77,26 @@ def test_a_trials_setting_is_the_fixed_one_with_its_parameters_over_it() -> None
     assert study.setting({}) == study.fixed
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"engine": {"search_weights": "dummy", "args": {"speculative-config": {"method": "ngram"}}}},
+            "drafted tokens",
+        ),
+        ({"search_space": {"speculative-config": {"choice": [{"method": "ngram"}]}}}, "drafted tokens"),
+        ({"search_space": {"load-format": {"choice": ["auto"]}}}, "load-format is set"),
+        ({"quality": {}}, "quality asks"),
+        ({"verify": {"top": 0}}, "verify.top is 0"),
+    ],
+)
+def test_dummy_weights_are_refused_where_they_mislead(changes: dict[str, Any], why: str) -> None:
+    dummy = {"engine": {"search_weights": "dummy"}}
+    assert parse_study({**MINIMAL, **dummy}).searched.setting({})["load-format"] == "dummy"
+    with pytest.raises(ConfigError, match=rf"engine.search_weights: dummy: .*{why}"):
+        parse_study({**MINIMAL, **dummy, **changes})
+
+
 def test_the_engines_python_is_kept_in_full_unless_it_is_a_bare_name() -> None:
     def python(path: str) -> str:
         return str(parse_study({**MINIMAL, "engine": {"python": path}}).engine.python)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ def test_a_restart_that_was_lost_is_begun_again_as_often_as_trials_are_retried()
 
 
 @pytest.mark.slow
-def test_a_study_measures_its_finalists_again_and_keeps_that_out_of_its_search(
+def test_a_study_searches_on_dummy_weights_and_measures_its_finalists_again_on_real_ones_outside_of_the_search(
     tmp_path: Path, ray_address: str
 ) -> None:
-    path = write_study(tmp_path, search={"trials": 4}, verify={"top": 1, "restarts": 2})
+    dummy = {"search_weights": "dummy"}
+    path = write_study(tmp_path, engine=dummy, search={"trials": 4}, verify={"top": 1, "restarts": 2})
     done, folder = run_study(path, "--address", ray_address)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = folder.read_rows()
@@ -97,3 +99,8 @@ def test_a_study_measures_its_finalists_again_and_keeps_that_out_of_its_search(
     assert len({one.verifies for one in again}) == 2
     told = [trial.user_attrs["trial"] for trial in optuna_trials(folder) if "trial" in trial.user_attrs]
     assert not {one.number for one in again} & set(told)
+    started = {one.number: folder.trial_dir(one.number, one.trial_id) / "command.json" for one in rows}
+    on_dummies = {number for number, file in started.items() if "--load-format" in json.loads(file.read_text())["argv"]}
+    assert on_dummies == {one.number for one in rows if one.verifies is None}
+    assert "load-format" not in folder.launch_file.read_text()
+    assert "load-format dummy" not in (folder.path / "report.html").read_text()

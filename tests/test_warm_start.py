@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import InMemoryStorage
 
-from raytune_autotuner.engine.machine import machine
+from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.failure import Blame
+from raytune_autotuner.study.space import setting_key
 from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.trial import State, TrialResult, TrialRow
+from raytune_autotuner.tune.cache import Cache, read_cache
+from raytune_autotuner.tune.reporter import RESULT, SCORE, TrialReporter
+from raytune_autotuner.tune.samplers import make_sampler
+from raytune_autotuner.tune.searcher import StudySearch
+from raytune_autotuner.tune.standing import Standing
+from raytune_autotuner.tune.tell import Teller
+from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import best_of, learn_from_earlier
+from tests.report_samples import METRIC, NO_MEMORY, failed, measured
 from tests.studies import optuna_trials, run_study, write_study
+from tests.study_folders import make_folder
 
-VERSIONS: dict[str, Any] = {"engine": {}, "machine": machine()}
+SPACE: dict[str, Any] = {"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +38,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Any:
     """A finished study of five trials, one of them failed."""
     study = write_study(
         tmp_path_factory.mktemp("earlier"),
-        search_space={"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}},
+        search_space=SPACE,
         search={"trials": 5, "points": [{"max-num-seqs": 2, "block-size": 7}]},
     )
     return run_study(study, "--address", ray_address)[1]
@@ -33,9 +50,7 @@ def later(folder: Path, earlier: Any, **changes: Any) -> Study:
 
 
 def versions_of(study: Study) -> dict[str, Any]:
-    from raytune_autotuner.engine.catalog import make_engine
-
-    return {"engine": make_engine(study).versions(), "machine": machine()}
+    return versions(make_engine(study))
 
 
 def test_trials_in_the_new_space_are_learned_and_the_others_counted(tmp_path: Path, earlier: Any) -> None:
@@ -48,8 +63,7 @@ def test_trials_in_the_new_space_are_learned_and_the_others_counted(tmp_path: Pa
 
 
 def test_figures_are_judged_by_the_new_studys_objective(tmp_path: Path, earlier: Any) -> None:
-    space = {"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}}
-    study = later(tmp_path, earlier, search_space=space, objective={"maximize": None, "minimize": "e2el_ms_mean"})
+    study = later(tmp_path, earlier, search_space=SPACE, objective={"maximize": None, "minimize": "e2el_ms_mean"})
     (learned,) = learn_from_earlier(study, versions_of(study))
     best = best_of(study, [learned])
     assert best is not None
@@ -78,9 +92,8 @@ def test_figures_of_another_study_are_refused_and_the_difference_is_named(
 def test_a_study_that_starts_warm_tells_optuna_first_and_measures_the_best_again(
     tmp_path: Path, earlier: Any, ray_address: str
 ) -> None:
-    space = {"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}}
     search = {"warm_start": [str(earlier.path)], "trials": 3, "sampler": "tpe"}
-    done, folder = run_study(write_study(tmp_path, search_space=space, search=search), "--address", ray_address)
+    done, folder = run_study(write_study(tmp_path, search_space=SPACE, search=search), "--address", ray_address)
     assert done.returncode == 0, done.stdout + done.stderr
     warm = [trial for trial in optuna_trials(folder) if "warm_start" in trial.user_attrs]
     known = [row for row in earlier.read_rows() if row.state.teaches]
@@ -89,3 +102,124 @@ def test_a_study_that_starts_warm_tells_optuna_first_and_measures_the_best_again
     best = max((row for row in known if row.feasible and row.params), key=lambda row: row.score or 0)
     assert folder.read_rows()[1].params == best.params
     assert f"learned from {len(known)} trials" in done.stdout
+
+
+# Answers of earlier runs
+
+
+def cached(folder: Path, parent: Path, **changes: Any) -> Cache:
+    search = {"cache": True, **changes.pop("search", {})}
+    study = load_study(write_study(folder, search_space=SPACE, **changes, search=search))
+    known = {**versions(make_engine(study)), "cluster": "one"}
+    return read_cache(study, known, parent, {"max-num-seqs": 256, "block-size": 16})
+
+
+def left_behind(parent: Path, *rows: TrialRow, cluster: str = "one") -> None:
+    """A run of the same study with these rows."""
+    study = load_study(write_study(parent, search_space=SPACE))
+    run = make_folder(parent / "results", rows, study)
+    run.write_versions({**versions(make_engine(study)), "cluster": cluster})
+
+
+def test_the_newest_answer_for_a_setting_is_found_also_by_its_defaults(tmp_path: Path) -> None:
+    left_behind(tmp_path, measured(0, 100.0), measured(1, 120.0, {"max-num-seqs": 8, "block-size": 16}))
+    left_behind(tmp_path, measured(0, 101.0))
+    cache = cached(tmp_path, tmp_path / "results")
+    baseline = cache.find({"max-num-seqs": 256, "block-size": 16})
+    assert baseline is not None
+    assert baseline.result.metrics[METRIC] == 101.0
+    other = cache.find({"block-size": 16, "max-num-seqs": 8})
+    assert other is not None
+    assert other.source.startswith("trial 1 of test-")
+    assert cache.find({"max-num-seqs": 2, "block-size": 16}) is None
+    assert str(cache) == "2 settings are known from 2 earlier runs"
+
+
+def test_only_measurements_and_failures_of_the_setting_are_answers(tmp_path: Path) -> None:
+    lost = replace(NO_MEMORY, blame=Blame.ENVIRONMENT)
+    params = [{"max-num-seqs": 2, "block-size": size} for size in (7, 16)]
+    left_behind(
+        tmp_path,
+        measured(0, 100.0),
+        failed(1, params[0]),
+        replace(failed(2, params[1], lost), state=State.LOST),
+        replace(measured(3, 9.0, params[1]), state=State.STOPPED, score=None, bound=9.0),
+        replace(measured(4, 9.0, params[1]), verifies=0),
+        replace(measured(5, 9.0, params[1]), taken_from="trial 1 of another"),
+    )
+    assert len(cached(tmp_path, tmp_path / "results").answers) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"workload": {"concurrency": 4}},
+        {"trial": {"timeout_s": 31}},
+        {"objective": {"slo": {"ttft_ms": {"mean": 5.0}}}},
+        {"quality": {}},
+        {"resources": {"max_concurrent": 1}},
+        {"objective": {"maximize": "perplexity"}},
+        {"search": {"cache": False}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_was_not_measured_in_the_same_way_is_no_answer(tmp_path: Path, changes: dict[str, Any]) -> None:
+    left_behind(tmp_path, measured(0, 100.0))
+    assert len(cached(tmp_path, tmp_path / "results").answers) == 1
+    assert not cached(tmp_path, tmp_path / "results", **changes).answers
+
+
+def test_another_cluster_and_folders_that_are_no_runs_any_more_are_passed_over(tmp_path: Path) -> None:
+    left_behind(tmp_path, measured(0, 100.0), cluster="another")
+    broken = tmp_path / "results" / "test-20260101-000000"
+    broken.mkdir()
+    (broken / "study.yaml").write_text("a_key_of_another_version: 1\n")
+    assert not cached(tmp_path, tmp_path / "results").answers
+
+
+def searched(parent: Path, trials: int, **search: Any) -> tuple[ResultsFolder, StudySearch]:
+    """A search, verification included, whose trials end at once: the smaller their values, the better."""
+    search = {"trials": trials, "sampler": "grid", **search}
+    study = load_study(write_study(parent, search_space=SPACE, search=search, verify={"top": 1, "restarts": 2}))
+    engine, folder = make_engine(study), ResultsFolder.create(parent / "results", study)
+    folder.write_versions({**versions(engine), "cluster": "one"})
+    cache = read_cache(study, folder.read_versions(), parent / "results", engine.defaults())
+    reporter = TrialReporter(study, folder, engine.rules, standing_of=lambda trial_id: Standing())
+    search_alg = StudySearch(
+        study,
+        reporter,
+        sampler=make_sampler(study, 1)[0],
+        storage=InMemoryStorage(),
+        teller=Teller(study),
+        defaults=engine.defaults(),
+        slots=lambda: 1,
+        placement=lambda params: {"cpus": 1.0},
+        may_start=lambda: not reporter.complete,
+        may_verify=lambda: True,
+        cache=cache,
+    )
+    for number in itertools.count():
+        config = search_alg.suggest(f"t{number}")
+        if not isinstance(config, dict):
+            return folder, search_alg
+        score = 5000 - math.prod({**engine.defaults(), **config["params"]}.values())
+        result = TrialResult({METRIC: float(score)}, None, {"total": 1.0}).to_dict()
+        search_alg.on_trial_complete(f"t{number}", {RESULT: result, SCORE: score})
+    raise AssertionError("the search has no end")
+
+
+def test_a_search_starts_only_what_no_earlier_run_has_and_verifies_anew(tmp_path: Path) -> None:
+    first, _ = searched(tmp_path, 5)
+    folder, search_alg = searched(tmp_path, 20, cache=True)
+    rows = folder.read_rows()
+    taken = [row.taken_from for row in rows if row.taken_from is not None]
+    assert taken == [f"trial {number} of {first.path.name}" for number in range(5)]
+    assert rows[0].name == "baseline"
+    assert rows[0].score == first.read_rows()[0].score
+    assert sum(row.counts for row in rows) == 8 - 5
+    assert len({setting_key(row.params) for row in rows if row.verifies is None}) == 8
+    again = [row for row in rows if row.verifies is not None]
+    assert [row.taken_from for row in again] == [None] * 4
+    told = {trial.user_attrs["trial"]: trial.user_attrs.get("taken_from") for trial in search_alg.ot_study.trials
+            if "trial" in trial.user_attrs}  # fmt: skip
+    assert told == {row.number: row.taken_from for row in rows if row.verifies is None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -111,6 +112,20 @@ def describe_gpus(gpus: Iterable[str]) -> str:
     return "; ".join(sorted({nvml.describe(gpu) for gpu in gpus}))
 
 
+def gpus_and_driver() -> dict[str, str]:
+    """The machine's GPUs and their driver, for people: `{"gpus": "2 x NVIDIA H100, 80 GiB", "gpu_driver": "550.54"}`.
+
+    Empty where NVML is not there.
+    """
+    nvml = _Nvml()
+    counts = Counter(nvml.names())
+    if not counts:
+        return {}
+    gpus = ", ".join(f"{count} x {name}" for name, count in counts.items())
+    driver = nvml.driver_version()
+    return {"gpus": gpus, **({} if driver is None else {"gpu_driver": driver})}
+
+
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
@@ -147,6 +162,19 @@ class _Nvml:
     def _memory(self, gpu: str) -> _Memory | None:
         memory = _Memory()
         return memory if self._ask("nvmlDeviceGetMemoryInfo", gpu, memory) else None
+
+    def names(self) -> list[str]:
+        """Of all GPUs, in the order of the PCI bus."""
+        count = ctypes.c_uint()
+        if self._library is None or self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return []
+        return [self.describe(str(index)) for index in range(count.value)]
+
+    def driver_version(self) -> str | None:
+        answer = ctypes.create_string_buffer(_NAME_BYTES)
+        if self._library is None or self._library.nvmlSystemGetDriverVersion(answer, _NAME_BYTES):
+            return None
+        return answer.value.decode(errors="replace")
 
     def _ask(self, function: str, gpu: str, answer: _Answer, *more: int) -> bool:
         """Fill in `answer`; whether it is one."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from raytune_autotuner.engine.gpus import describe_gpus
+from raytune_autotuner.engine.gpus import describe_gpus, gpus_and_driver
 
 
 def machine() -> dict[str, Any]:
@@ -22,6 +22,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        **gpus_and_driver(),
     }
 
 

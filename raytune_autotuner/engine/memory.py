@@ -247,6 +247,13 @@ def _mlp_parameters(text: Mapping[str, Any], layer: int) -> int:
     return 3 * hidden * (experts * expert + shared) + hidden * experts
 
 
+def mixes_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config counts experts, under whatever name: then the weights decide which of them work."""
+    parts = [part for part in config.values() if isinstance(part, Mapping)]
+    counts = (value for name, value in config.items() if "expert" in name and isinstance(value, int))
+    return any(count > 1 for count in counts) or any(map(mixes_experts, parts))
+
+
 def _experts(text: Mapping[str, Any]) -> int:
     keys = ("num_local_experts", "n_routed_experts", "num_experts")
     return next((int(text[key]) for key in keys if text.get(key)), 0)

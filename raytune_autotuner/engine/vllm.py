@@ -87,6 +87,7 @@ class VllmEngine:
             raise ConfigError(f"{self._where(name)}: vLLM {answer['version']} refuses {shown(value)}: {why}.")
         if answer["config_error"]:
             raise ConfigError(self._refusal(f"vLLM {answer['version']}", answer["config_error"]))
+        self._check_search_weights()
         with suppress(OSError):  # which the first check tells
             self._checker.start()  # imports vllm while the study starts, so that the first suggestion need not wait
 
@@ -249,6 +250,21 @@ class VllmEngine:
             raise ConfigError(
                 f"model: the weights in {folder} need {needed / 2**30:.1f} GiB of memory, but this machine has "
                 f"{there / 2**30:.1f} GiB.\nTake a smaller or a quantised model, or a larger machine."
+            )
+
+    def _check_search_weights(self) -> None:
+        """Raise `ConfigError` where made-up weights would send tokens to other experts than the real ones do."""
+        if self._study.engine.search_weights == "real":
+            return
+        if self._config is None:
+            raise ConfigError(
+                f"engine.search_weights: dummy: the config.json of {self._study.model!r} is not on this machine, so "
+                "nobody knows whether it mixes experts; write search_weights: real, or fetch the model first."
+            )
+        if memory.mixes_experts(self._config):
+            raise ConfigError(
+                f"engine.search_weights: dummy: {self._study.model!r} mixes experts, and which of them work depends on "
+                "the weights; write search_weights: real."
             )
 
     def _refusal(self, engine: str, error: str) -> str:

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from raytune_autotuner.report.differences import NONE, SCORE, Difference, differences
 from raytune_autotuner.report.html.charts import main_latency
 from raytune_autotuner.report.html.evidence import Evidence, gather
 from raytune_autotuner.report.html.figures import PLAIN, SERIES, Chart, axis, categories, label, rounded, scatter
@@ -26,24 +27,10 @@ from raytune_autotuner.report.results import ResultsFolder, write_text
 from raytune_autotuner.report.wording import format_number, percent
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import describe, format_value
+from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.trial import State, TrialRow
 
-_NONE = "-"
-_SCORE = "score"
-"""The name of the first objective among what may differ."""
 _NAVIGATION = {"outcome": "Outcome", "differences": "What differs", "settings": "Settings", "charts": "Charts"}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Something that is not the same in all studies."""
-
-    about: str
-    """`model`, `engine`, `hardware`, `workload`, `objective`, `space` or `search`."""
-    name: str
-    values: tuple[str, ...]
-    """In the order of the studies; `-` where it is not there."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class Comparison:
 
     @property
     def _in_the_way(self) -> list[Difference]:
-        return [one for one in self.differences if one.about == "workload" or one.name == _SCORE]
+        return [one for one in self.differences if one.about == "workload" or one.name == SCORE]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -87,7 +74,7 @@ def compare(folders: Sequence[ResultsFolder]) -> Comparison:
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise ConfigError(f"{twice}: stands there twice; leave one out.")
     studies = tuple(gather(folder) for folder in folders)
-    return Comparison(studies, _names(studies), tuple(_differences(studies)))
+    return Comparison(studies, _names(studies), tuple(differences([(one.study, one.versions) for one in studies])))
 
 
 def terminal_table(comparison: Comparison) -> RenderableType:
@@ -130,38 +117,6 @@ def comparison_page(comparison: Comparison) -> str:
     return document("Studies side by side", " · ".join(comparison.names), body, drawn, _NAVIGATION)
 
 
-# What differs
-
-
-def _differences(studies: Sequence[Evidence]) -> list[Difference]:
-    facts = [_facts(one) for one in studies]
-    keys = dict.fromkeys(key for one in facts for key in one)
-    found = [Difference(*key, tuple(one.get(key, _NONE) for one in facts)) for key in keys]
-    order = ("model", "engine", "hardware", "workload", "objective", "space", "search")
-    return sorted((one for one in found if len(set(one.values)) > 1), key=lambda one: order.index(one.about))
-
-
-def _facts(evidence: Evidence) -> dict[tuple[str, str], str]:
-    """(About what, name) to text, of everything that a result rests on."""
-    study, versions = evidence.study, evidence.versions
-    facts = {("model", "model"): study.model, ("engine", "kind"): study.engine.kind}
-    facts |= {("engine", name): str(number) for name, number in dict(versions.get("engine") or {}).items()}
-    facts |= {("engine", name): format_value(value) for name, value in study.fixed.items()}
-    facts |= {("hardware", name): str(value) for name, value in dict(versions.get("machine") or {}).items()}
-    facts |= {("hardware", "cluster"): str(versions.get("cluster", _NONE))}
-    facts |= _fields("hardware", study.resources.model_dump(mode="json"))
-    facts |= _fields("workload", study.workload.model_dump(mode="json"))
-    facts |= {("objective", _SCORE): " ".join(study.objective.targets[0])}
-    facts |= _fields("objective", study.objective.model_dump(mode="json"))
-    facts |= {("space", p.name): describe(p.distribution) for p in study.space.parameters}
-    facts |= {("space", "constraints"): "; ".join(study.constraints) or _NONE}
-    return facts | _fields("search", {**study.search.model_dump(mode="json"), **study.verify.model_dump(mode="json")})
-
-
-def _fields(about: str, values: dict[str, Any]) -> dict[tuple[str, str], str]:
-    return {(about, name): _NONE if value is None else format_value(value) for name, value in values.items()}
-
-
 def _names(studies: Sequence[Evidence]) -> tuple[str, ...]:
     """The study's name where it is enough, else the run's, else the whole path."""
     ways: tuple[Callable[[Evidence], str], ...] = (
@@ -191,9 +146,9 @@ def _outcome(name: str, evidence: Evidence) -> list[str]:
         name if evidence.standing == "finished" else f"{name} ({evidence.standing})",
         _score(evidence, evidence.baseline),
         _score(evidence, evidence.winner),
-        _NONE if evidence.gain is None else percent(evidence.gain, sign=True),
-        _NONE if ends is None else f"{100 * ends[0]:+.1f} to {percent(ends[1], sign=True)}",
-        _NONE if noise is None else percent(noise),
+        NONE if evidence.gain is None else percent(evidence.gain, sign=True),
+        NONE if ends is None else f"{100 * ends[0]:+.1f} to {percent(ends[1], sign=True)}",
+        NONE if noise is None else percent(noise),
         str(len(evidence.searched)),
         str(_failed(evidence)),
     ]
@@ -225,15 +180,17 @@ def _failed(evidence: Evidence) -> int:
 
 def _score(evidence: Evidence, row: TrialRow | None) -> str:
     value = _mean(evidence, row)
-    return _NONE if value is None else format_number(value)
+    return NONE if value is None else format_number(value)
 
 
 def _mean(evidence: Evidence, row: TrialRow | None) -> float | None:
     """The first objective of a setting, over its restarts where it was measured again."""
-    if row is None or not scores_of(row):
+    if row is None:
         return None
     again = next((one for one in evidence.contenders if one.row.number == row.number and one.measured), None)
-    return scores_of(row)[0] if again is None else again.mean()
+    if again is not None:
+        return again.mean()
+    return next(iter(scores_of(row)), None)
 
 
 # The page
@@ -271,7 +228,7 @@ def _settings(comparison: Comparison) -> Markup:
 
 def _value(one: Evidence, name: str) -> str:
     if one.winner is None:
-        return _NONE
+        return NONE
     return format_value(one.winner.params[name]) if name in one.winner.params else one.before(name)
 
 

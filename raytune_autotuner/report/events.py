@@ -53,6 +53,10 @@ class Events:
         number = row.number
         if row.state is State.PENDING or number in self._ended:
             return
+        if row.taken_from is not None:
+            self._ended.add(number)
+            yield Event(number, None, self._taken(row))
+            return
         if number not in self._started:
             self._started.add(number)
             yield Event(number, None, self._start(row))
@@ -70,6 +74,12 @@ class Events:
         if row.name:
             return f"started{again}: {row.name}, the engine's defaults and the fixed arguments"
         return f"started{again} {describe_params(row.params)}"
+
+    def _taken(self, row: TrialRow) -> str:
+        setting = describe_params(row.params) if row.params else "the engine's defaults and the fixed arguments"
+        if row.state is State.EARLIER:
+            return f"is {row.taken_from}, to be measured again: {setting}"
+        return f"is known from {row.taken_from}, {setting}: {self._end(row).text}"
 
     def _progress(self, trial: LiveTrial) -> Iterator[Event]:
         known = self._stages.get(trial.number)

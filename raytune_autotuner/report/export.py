@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from raytune_autotuner.report.finalists import started
 from raytune_autotuner.report.forms import (
     SERVE,
     Serving,
@@ -55,15 +56,22 @@ def export(
     study, rows = folder.load_study(), folder.read_rows()
     answer = study_verdict(study, rows)
     row = folder.read_row(_winner(folder, answer) if number is None else number)
+    place = started(row, rows)
     if study.engine.kind != "vllm":
-        return _own_line(folder, study, row, form)
-    return _WRITERS[form](describe(folder, study, row, answer, as_flags, image))
+        return _own_line(folder, study, place, form)
+    return _WRITERS[form](describe(folder, study, row, answer, as_flags, image, place))
 
 
 def describe(
-    folder: ResultsFolder, study: Study, row: TrialRow, answer: Verdict, as_flags: AsFlags, image: str | None = None
+    folder: ResultsFolder,
+    study: Study,
+    row: TrialRow,
+    answer: Verdict,
+    as_flags: AsFlags,
+    image: str | None = None,
+    place: TrialRow | None = None,
 ) -> Serving:
-    """What is served when `row`'s setting is."""
+    """What is served when `row`'s setting is; `place` is the trial that started it, if that is another one."""
     setting = study.setting(row.params)
     flags = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
     variables = {name.removeprefix("env:"): format_value(v) for name, v in setting.items() if name.startswith("env:")}
@@ -73,7 +81,7 @@ def describe(
     secrets = tuple(name for name in variables if is_secret(name))
     return Serving(
         name=_dns_label(f"vllm-{study.study}"),
-        model=_model(folder, study, row),
+        model=_model(folder, study, place or row),
         served_name=_served_name(study.model),
         arguments=tuple(mask(part) for part in as_flags(flags)),
         config={name: json.dumps(v) if isinstance(v, list) else v for name, v in mask_values(flags).items()},

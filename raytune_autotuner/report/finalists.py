@@ -100,6 +100,11 @@ def contenders(rows: Sequence[TrialRow], targets: Targets) -> list[Contender]:
     return [replace(one, comparisons=compared.get(one.row.number, ())) for one in again]
 
 
+def started(row: TrialRow, rows: Sequence[TrialRow]) -> TrialRow:
+    """The trial that started the row's setting in this run and on the real weights: its first restart, else itself."""
+    return next((other for other in rows if other.verifies == row.number and other.state.teaches), row)
+
+
 def as_good(best: Contender, others: Sequence[Contender], direction: Direction) -> list[Contender]:
     """Those of `others` that cannot be told from `best`."""
     rivals = [one for one in others if len(one.scores().keys() & best.scores().keys()) >= ENOUGH]

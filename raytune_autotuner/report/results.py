@@ -138,6 +138,11 @@ class ResultsFolder:
         return self.path / "verdict.json"
 
     @property
+    def verifies_file(self) -> Path:
+        """Of a run that verifies an earlier one: what that claimed, and what is different now."""
+        return self.path / "verifies.json"
+
+    @property
     def launch_file(self) -> Path:
         """The winner, as a script that serves it."""
         return self.path / "launch.sh"
@@ -170,6 +175,14 @@ class ResultsFolder:
     def write_versions(self, versions: Mapping[str, Any]) -> None:
         """Write `versions.json`."""
         write_json(self.versions_file, versions)
+
+    def read_versions(self) -> dict[str, Any]:
+        """What `write_versions` wrote last; empty before that."""
+        try:
+            found: dict[str, Any] = json.loads(self.versions_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return found
 
     def write_rows(self, rows: Sequence[TrialRow]) -> None:
         """Replace the results table by `rows`, the truth first."""
@@ -342,6 +355,7 @@ def flat_row(row: TrialRow, objectives: Sequence[str] = ()) -> dict[str, Any]:
         "restart": row.restart,
         "node": row.result.node or None,
         "hardware": row.result.hardware or None,
+        "taken_from": row.taken_from,
     }
     cells |= {f"param:{name}": value for name, value in row.params.items()}
     cells |= dict(row.result.metrics)
@@ -419,6 +433,7 @@ def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str
     changed = changes(row.params, study.fixed)
     who = f"trial {row.number}" + (f" ({row.name})" if row.name else "")
     lines = [f"Found by raytune_autotuner: study {study.study}, run {run}, {who}."]
+    lines += [f"The setting of {row.taken_from}."] if row.taken_from else []
     lines.append(f"Changed against the baseline: {describe_params(changed)}" if changed else "The engine's defaults.")
     chosen = None if answer is None else answer.chosen
     lines += _worth_once(study, row, baseline) if chosen is None or answer is None else _worth_again(answer, chosen)

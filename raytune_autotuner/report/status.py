@@ -101,7 +101,7 @@ def time_left_s(
     median = statistics.median(durations)
     running = [max(median - trial.elapsed_s, 0.0) for trial in live.values()]
     again = {row.number for row in rows if row.verifies is not None}
-    searched = sum(row.number not in again for row in ended) + len(live.keys() - again)
+    searched = sum(row.counts for row in ended) + len(live.keys() - again)
     waiting = (0 if again else max(study.search.trials - searched, 0)) + verifications_left(study, rows)
     left = (sum(running) + waiting * median) / max(min(concurrency, waiting + len(running)), 1)
     left = max(left, *running, 0.0) if running else left
@@ -118,6 +118,18 @@ def verifications_left(study: Study, rows: Sequence[TrialRow]) -> int:
     out = {row.verifies for row in again if row.state is State.FAILED}
     begun = sum(row.state.teaches or not row.state.finished for row in again if row.verifies not in out)
     return max((len(settings) - len(out)) * study.verify.restarts - begun, 0)
+
+
+def progress(study: Study, rows: Sequence[TrialRow], detail: str = "") -> str:
+    """`5 of 20 trials`, then `6 of 15 restarts to verify`; `detail` stands behind the trials.
+
+    A run that verifies an earlier one has no trials of a search.
+    """
+    verification = verification_progress(study, rows)
+    if any(row.state is State.EARLIER for row in rows):
+        return verification or f"0 of {study.verify.starts} restarts to verify"
+    done = sum(row.counts for row in rows)
+    return ", ".join(filter(None, (f"{done} of {study.search.trials} trials{detail}", verification)))
 
 
 def verification_progress(study: Study, rows: Sequence[TrialRow]) -> str:

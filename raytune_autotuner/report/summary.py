@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from raytune_autotuner.report.recheck import answer_of
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import (
     LiveTrial,
     StudyStatus,
     format_duration,
+    progress,
     read_status,
     time_left_s,
-    verification_progress,
 )
-from raytune_autotuner.report.verdict import best_so_far, study_verdict
+from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.report.wording import describe_params, format_number, verification_of
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
@@ -56,9 +57,7 @@ def _phase_line(study: Study, rows: Sequence[TrialRow], status: StudyStatus | No
     searched = [row for row in rows if row.verifies is None]
     states = Counter(row.state for row in searched)
     counts = ", ".join(f"{states[state]} {state}" for state in State if states[state]) or "no trial yet"
-    done = f"{sum(row.state.teaches for row in searched)} of {study.search.trials} trials ({counts})"
-    if verification := verification_progress(study, rows):
-        done += f", {verification}"
+    done = progress(study, rows, f" ({counts})")
     if status is None:
         return f"not started: {done}"
     if status.phase != "running":
@@ -86,7 +85,7 @@ def _answer(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> st
     status, written = read_status(folder), folder.read_verdict()
     if written is not None and status is not None and status.phase != "running":
         return " ".join(filter(None, (written["sentence"], written["warning"])))
-    answer = study_verdict(study, rows)
+    answer = answer_of(folder, study, rows)
     return " ".join(filter(None, (answer.sentence, answer.warning)))
 
 

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.masking import mask_launch
-from raytune_autotuner.report.status import LiveTrial, format_duration, time_left_s, verification_progress
+from raytune_autotuner.report.recheck import Recheck
+from raytune_autotuner.report.status import LiveTrial, format_duration, progress, time_left_s
 from raytune_autotuner.report.summary import failure_lines
 from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far, changes
@@ -50,6 +51,8 @@ class StudyInfo:
     """Further lines: engine and its version, machine, warnings."""
     defaults: Params = field(default_factory=dict)
     """The engine's own values for parameters of the space, as far as it tells."""
+    verifies: bool = False
+    """Whether nothing is searched: an earlier run's winner and baseline are measured again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class LiveTable:
         self.close()
         if self._info is None:
             return
-        searched = [row for row in ending.rows if row.verifies is None]
+        searched = [row for row in ending.rows if row.verifies is None or self._info.verifies]
         self._console.print(
             trial_table(self._info.study, searched, {}, self._console.width, None, _number(ending.verdict.winner))
         )
@@ -196,11 +199,9 @@ class LiveTable:
     def _foot(self, live: Mapping[int, LiveTrial], best: TrialRow | None) -> list[Text]:
         assert self._info is not None
         study, elapsed = self._info.study, time.monotonic() - self._begun
-        done = sum(row.state.teaches for row in self._rows if row.verifies is None)
         left = time_left_s(study, self._rows, live, self._info.concurrency, elapsed)
         ending = "time left unknown yet" if left is None else f"about {format_duration(left)} left"
-        progress = (f"{done} of {study.search.trials} trials", verification_progress(study, self._rows))
-        parts = [*filter(None, progress), f"{format_duration(elapsed)} elapsed", ending]
+        parts = [progress(study, self._rows), f"{format_duration(elapsed)} elapsed", ending]
         lines = [Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")]
         if best is not None:
             lines.append(Text(best_line(study, best), style="green", no_wrap=True, overflow="ellipsis"))
@@ -215,17 +216,23 @@ def opening_lines(info: StudyInfo) -> list[str]:
     promises = [f"{m}_{s} <= {limit:g}" for m, limits in objective.slo.items() for s, limit in limits.items()]
     wanted = ", ".join(f"{direction} {metric}" for metric, direction in objective.targets)
     wanted += f" with {', '.join(promises)}" if promises else ""
-    again = f"; the best {study.verify.top} again, {study.verify.restarts} times" if study.verify.top else ""
     lines = [
         f"study {study.study}: {study.model} on {study.engine.kind}",
-        f"{wanted}; {study.search.trials} trials, {info.concurrency} at once, "
-        f"{study.trial.timeout_s:g} s each at most{again}",
+        f"{wanted}; {_plan(info)}",
         *info.notes,
         f"results: {info.folder}",
     ]
     if info.dashboard_url:
         lines.append(f"Ray dashboard: {info.dashboard_url}")
     return [*lines, *([info.login_hint] if info.login_hint else [])]
+
+
+def _plan(info: StudyInfo) -> str:
+    study, limit = info.study, f"{info.concurrency} at once, {info.study.trial.timeout_s:g} s each at most"
+    if info.verifies:
+        return f"{study.verify.restarts} starts of each of the two settings, {limit}"
+    again = f"; the best {study.verify.top} again, {study.verify.restarts} times" if study.verify.top else ""
+    return f"{study.search.trials} trials, {limit}{again}"
 
 
 def best_line(study: Study, best: TrialRow) -> str:
@@ -244,7 +251,7 @@ def print_ending(console: Console, info: StudyInfo, ending: Ending) -> None:
         [(line, "") for line in comparison_lines(ending.verdict, console.width)],
         _changed(info, ending.verdict),
         _failures(ending.rows),
-        [("next", "bold"), *((line, "") for line in _next_steps(info))],
+        [("next", "bold"), *((line, "") for line in _next_steps(info, ending))],
     ]
     console.print()
     for section in sections:
@@ -261,10 +268,18 @@ def _how_it_ended(ending: Ending) -> list[tuple[str, str]]:
         lines.append(("Interrupted: the engines are stopped; what was measured is kept.", "yellow"))
     elif ending.reason:
         lines.append((f"Ended early: {ending.reason}", "yellow"))
-    winner, chosen = ending.verdict.winner, ending.verdict.chosen
-    good = winner is not None and (winner.feasible if chosen is None else chosen.holds)
-    lines.append((ending.verdict.sentence, "bold green" if good else "bold yellow"))
+    lines.append((ending.verdict.sentence, "bold green" if _is_good(ending.verdict) else "bold yellow"))
+    if isinstance(ending.verdict, Recheck):
+        lines += [(f"  different: {one}", "") for one in ending.verdict.different]
     return [*lines, *([(ending.verdict.warning, "yellow")] if ending.verdict.warning else [])]
+
+
+def _is_good(answer: Verdict) -> bool:
+    """Whether there is a setting to run that keeps every SLO; of a claim, whether it holds."""
+    if isinstance(answer, Recheck):
+        return answer.holds is True
+    winner, chosen = answer.winner, answer.chosen
+    return winner is not None and (winner.feasible if chosen is None else chosen.holds)
 
 
 def comparison_lines(answer: Verdict, width: int) -> list[str]:
@@ -311,12 +326,13 @@ def _failures(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     return [("failures", "bold"), *((f"  {line}", "") for line in lines)] if lines else []
 
 
-def _next_steps(info: StudyInfo) -> list[str]:
+def _next_steps(info: StudyInfo, ending: Ending) -> list[str]:
     folder = _shell_path(info.folder)
+    first = next((row.number for row in ending.rows if row.taken_from is None), 0)
     return [
         f"  results       {info.folder}",
         f"  report        {_shell_path(info.folder / 'report.html')}",
-        f"  one trial     python -m raytune_autotuner logs {folder} 0 --engine",
+        f"  one trial     python -m raytune_autotuner logs {folder} {first} --engine",
         f"  TensorBoard   tensorboard --logdir {folder}",
         f"  search table  optuna-dashboard {_shell_path(info.folder / 'optuna.log')}",
     ]

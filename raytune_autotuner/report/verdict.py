@@ -100,7 +100,10 @@ def study_verdict(study: Study, rows: Sequence[TrialRow], defaults: Params | Non
     fixed = study.fixed if defaults is None else defaults
     answer = verdict(rows, objective.direction, objective.metric, fixed, objective.targets)
     mixed = wording.mixed_hardware(hardware_of(rows))
-    return replace(answer, warning=" ".join(filter(None, (answer.warning, mixed))) or None)
+    answer = replace(answer, warning=" ".join(filter(None, (answer.warning, mixed))) or None)
+    if study.engine.search_weights == "real" or answer.verified or answer.winner is None:
+        return answer
+    return replace(answer, sentence=f"{answer.sentence} All figures are of dummy weights (engine.search_weights).")
 
 
 def hardware_of(rows: Iterable[TrialRow]) -> Counter[str]:

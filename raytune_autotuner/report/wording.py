@@ -51,17 +51,22 @@ def percent(share: float, sign: bool = False) -> str:
     return f"{100 * share:{'+' if sign else ''},.{digits}f} %"
 
 
+def signed(value: float) -> str:
+    """With a plus where it is positive."""
+    return f"{'+' if value > 0 else ''}{format_number(value)}"
+
+
 def interval(comparison: Comparison) -> str:
     """`+36.1 to +46.4 %`; in the metric's unit where there is no share of the baseline's score."""
     if comparison.scale == "difference":
-        return f"{_signed(comparison.low)} to {_signed(comparison.high)}"
+        return f"{signed(comparison.low)} to {signed(comparison.high)}"
     low, high = percent(comparison.low, sign=True), percent(comparison.high, sign=True)
     return f"{low.removesuffix(' %')} to {high}"
 
 
 def gain_of(comparison: Comparison) -> str:
     """`+41.2 %`, or a difference in the metric's unit."""
-    return _signed(comparison.gain) if comparison.scale == "difference" else percent(comparison.gain, sign=True)
+    return signed(comparison.gain) if comparison.scale == "difference" else percent(comparison.gain, sign=True)
 
 
 def contender_cells(contenders: Sequence[Contender], targets: Targets) -> list[list[str]]:
@@ -95,11 +100,16 @@ def gain(
     targets: Targets,
 ) -> str:
     """The recommendation of a setting that beats the defaults."""
-    parts = [_compared(winner, defaults, i, metric) for i, (metric, _) in enumerate(targets)]
-    text = f"Run {winner.name}: {'; '.join(parts)}, {_restarts(winner)} each, {_noise(defaults)}."
+    text = f"Run {winner.name}: {figures(winner, defaults, targets)}."
     if ties:
         text += f" {_names(ties)} cannot be told from it; it changes the least."
     return f"{text} {_sentence(_out(finalists))}".rstrip()
+
+
+def figures(one: Contender, defaults: Contender, targets: Targets) -> str:
+    """What a setting is worth beside the defaults, in every objective, and what that rests on."""
+    parts = [_compared(one, defaults, i, metric) for i, (metric, _) in enumerate(targets)]
+    return f"{'; '.join(parts)}, {_restarts(one)} each, {_noise(defaults)}"
 
 
 def no_gain(defaults: Contender, finalists: Sequence[Contender], targets: Targets) -> str:
@@ -300,7 +310,3 @@ def _name(one: Contender) -> str:
 
 def _come(one: Contender) -> str:
     return "come" if one.is_baseline else "comes"
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value > 0 else ''}{format_number(value)}"

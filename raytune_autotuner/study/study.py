@@ -123,6 +123,9 @@ class EngineSpec(_Model):
     """Environment variables of the engine."""
     python: Path | None = None
     """The Python that has the engine in it. Default: the one that runs the study."""
+    search_weights: Literal["real", "dummy"] = "real"
+    """`dummy`: trials of the search load no weights; finalists and baseline are verified on the real ones. See
+    [search.md](search.md#a-search-without-weights)."""
 
     @field_validator("python")
     @classmethod
@@ -275,6 +278,9 @@ class SearchSpec(_Model):
     warm_start: Annotated[tuple[Path, ...], BeforeValidator(_as_list), _one_or_list(_PATH)] = ()
     """Results folders of earlier studies to learn from. Model, engine, its fixed arguments, hardware and workload must
     be the same; what is not is refused and named. Settings outside the search space are left out."""
+    cache: Annotated[bool, Field(strict=True)] = False
+    """Whether a setting that an earlier run under the same `--results` has measured in the same way is answered from
+    there and costs no trial; see [search.md](search.md#answers-of-earlier-runs)."""
     target: Annotated[float, Field(strict=True)] | None = None
     """The search ends once the first objective is as good as this, with every SLO met."""
     plateau: Positive | None = None
@@ -404,6 +410,33 @@ class Study(_Model):
             if broken := space.violated(point, self.fixed):
                 raise ConfigError(f"{where}: {shown(point)} breaks the constraint `{broken.text:.100}`.")
         return self
+
+    @model_validator(mode="after")
+    def _dummy_weights_do_not_mislead(self) -> Study:
+        if self.engine.search_weights == "dummy" and (why := self._why_real_weights()):
+            raise ConfigError(f"engine.search_weights: dummy: {why}; write search_weights: real.")
+        return self
+
+    def _why_real_weights(self) -> str | None:
+        """Why figures of made-up weights would say nothing of the real ones, as far as the study tells."""
+        names = {name.partition(".")[0] for name in (*self.fixed, *self.space.by_name)}
+        if drafts := sorted(name for name in names if name.startswith("spec")):
+            return f"{drafts[0]}: how many drafted tokens are taken depends on the weights"
+        if "load-format" in names:
+            return "load-format is set in the study too"
+        if self.quality is not None:
+            return "quality asks what the weights answer"
+        if self.verify.top == 0:
+            return "verify.top is 0, so no setting would ever be measured on the real weights"
+        return None
+
+    @property
+    def searched(self) -> Study:
+        """The study as the trials of its search start engines: on made-up weights, where it says so."""
+        if self.engine.search_weights == "real":
+            return self
+        engine = self.engine.model_copy(update={"args": {**self.engine.args, "load-format": "dummy"}})
+        return self.model_copy(update={"engine": engine})
 
     @cached_property
     def space(self) -> SearchSpace:

@@ -29,6 +29,8 @@ class State(StrEnum):
     """By the environment's fault: not told to the sampler, run again as a new trial."""
     INTERRUPTED = "interrupted"
     """The study was ended while it ran."""
+    EARLIER = "earlier"
+    """A setting of an earlier run, to be measured again by restarts: it has no figures of its own."""
 
     @property
     def finished(self) -> bool:
@@ -37,7 +39,7 @@ class State(StrEnum):
 
     @property
     def teaches(self) -> bool:
-        """Whether the sampler learns from it, and the budget counts it."""
+        """Whether the sampler learns from it."""
         return self in (State.MEASURED, State.FAILED, State.STOPPED)
 
 
@@ -108,8 +110,15 @@ class TrialRow:
     """Number of the trial whose setting this one measures again, for the verdict; it is no part of the search."""
     restart: int | None = None
     """Of a verification: which of the interleaved restarts, from 0. Restarts of one number share their seeds."""
+    taken_from: str | None = None
+    """`RUN trial 7`: the trial of an earlier run whose setting this is, and whose figures, where it has any."""
     scores: tuple[float, ...] = ()
     """The value of every objective, the first one's included; empty where there is no score."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it uses up the search's budget: measured or graded, by this run, in its search."""
+        return self.state.teaches and self.verifies is None and self.taken_from is None
 
     @property
     def feasible(self) -> bool:

@@ -26,9 +26,13 @@ class Book:
         self._of_setting: dict[str, list[str]] = defaultdict(list)
         self._lost: dict[str, list[TrialRow]] = defaultdict(list)
         self.counted = 0
-        """Trials of the search that use up the budget: measured or graded."""
+        """Trials of the search that use up the budget: measured or graded, not answered by an earlier run."""
         self.baseline: TrialRow | None = None
-        """The measured baseline, once there is one."""
+        """The measured baseline, once there is one; of a run that verifies an earlier one, its first restart."""
+        self.verifies_only = False
+        """Whether nothing is searched: an earlier run's settings are measured again."""
+        self._defaults: int | None = None
+        """Number of the baseline that was taken from an earlier run."""
         self.best: TrialRow | None = None
         """The feasible trial of the search with the best score, of the first objective."""
         self.at_fault = False
@@ -73,6 +77,8 @@ class Book:
         self.at_fault = self.at_fault or _is_the_studys_fault(row)
         if row.verifies is None:
             self._settle(row)
+        elif row.verifies == self._defaults:
+            self._note_baseline(row)
 
     def known(self, key: str) -> TrialRow | None:
         """The trial of the search that measures, has measured or graded the setting `key`."""
@@ -86,10 +92,17 @@ class Book:
 
     def _settle(self, row: TrialRow) -> None:
         """A trial of the search has ended."""
-        self.counted += row.state.teaches
-        if self.baseline is None and row.name and row.state is State.MEASURED:
-            self.baseline = row
+        self.counted += row.counts
+        if row.name:
+            self._note_baseline(row)
+        if row.state is State.EARLIER:
+            self.verifies_only = True
+            self._defaults = row.number if row.name else self._defaults
         self.best = best_with(self.best, row, self._direction)
+
+    def _note_baseline(self, row: TrialRow) -> None:
+        if self.baseline is None and row.state is State.MEASURED:
+            self.baseline = row
 
 
 def _is_the_studys_fault(row: TrialRow) -> bool:

@@ -79,7 +79,7 @@ class TrialReporter:
 
     @property
     def counted(self) -> int:
-        """Trials that use up the budget: measured or graded."""
+        """Trials that use up the budget: measured or graded, not answered by an earlier run."""
         return self._book.counted
 
     @property
@@ -95,7 +95,13 @@ class TrialReporter:
     @property
     def complete(self) -> bool:
         """Whether no further trial is to be started."""
-        return self.ending is not None or self.interrupted or self.counted >= self._study.search.trials
+        over = self.ending is not None or self.interrupted or self.verifies_only
+        return over or self.counted >= self._study.search.trials
+
+    @property
+    def verifies_only(self) -> bool:
+        """Whether nothing is searched: an earlier run's settings are measured again."""
+        return self._book.verifies_only
 
     @property
     def wanted(self) -> bool:
@@ -104,7 +110,7 @@ class TrialReporter:
 
     @property
     def baseline(self) -> TrialRow | None:
-        """The measured baseline, once there is one."""
+        """The measured baseline, once there is one; where nothing is searched, its first restart."""
         return self._book.baseline
 
     @property
@@ -136,6 +142,19 @@ class TrialReporter:
         row = TrialRow(len(self._book), trial_id, params=dict(params), **{"name": "", **more})
         self._folder.add_suggestion(row)
         self._book.add(row, setting_key(filled))
+        self._on_change(row)
+        return row
+
+    def take(
+        self, params: Params, filled: Params, source: str, name: str = "", result: TrialResult | None = None
+    ) -> TrialRow:
+        """Put down a setting of an earlier run with what it came to there, or (None) to be measured by restarts."""
+        number = len(self._book)
+        row = TrialRow(number, f"earlier_{number}", name, dict(params), State.EARLIER, taken_from=source)
+        if result is not None:
+            row = self._judged(row, result, Standing())
+        self._book.add(row, setting_key(filled))
+        self._folder.add_row(row)
         self._on_change(row)
         return row
 

@@ -6,7 +6,6 @@ trial counts as finished as soon as its own `result.json` is written. Knows neit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from raytune_autotuner.report.recheck import Claim, read_claim
 from raytune_autotuner.report.results import ResultsFolder, read_result, study_yaml
 from raytune_autotuner.report.status import read_status
 from raytune_autotuner.study.errors import ConfigError, shown
@@ -23,6 +23,7 @@ from raytune_autotuner.study.trial import State, TrialRow
 CHANGEABLE = (
     "search.trials",
     "search.time_budget",
+    "search.cache",
     "search.target",
     "search.plateau",
     "search.max_failures_in_a_row",
@@ -60,14 +61,22 @@ def elapsed_before_s(folder: ResultsFolder) -> float:
 
 def check_versions(folder: ResultsFolder, engine: Mapping[str, str]) -> None:
     """Raise `ConfigError` where the engine is another version now: its figures could not be compared."""
-    try:
-        known = json.loads(folder.versions_file.read_text(encoding="utf-8"))["engine"]
-    except FileNotFoundError:
+    known = folder.read_versions().get("engine")
+    if known is None:
         return
     changed = [name for name in {**known, **engine} if known.get(name) != engine.get(name)]
     if changed:
         then, now = ({name: of.get(name) for name in changed} for of in (known, engine))
         raise ConfigError(f"--resume: {folder.path} was measured with {shown(then)}, but now there is {shown(now)}.")
+
+
+def check_claim(folder: ResultsFolder, claim: Claim | None) -> None:
+    """Raise `ConfigError` where the run verifies what is not asked for now, or nothing at all."""
+    then = read_claim(folder)
+    if (then and then.source) != (claim and claim.source):
+        what = "searches" if then is None else f"verifies {then.source}"
+        way = "the study" if then is None else "`verify` and the same run and trial"
+        raise ConfigError(f"--resume: {folder.path} {what}; go on with it by {way}, or leave --resume out.")
 
 
 def kept_rows(folder: ResultsFolder) -> list[TrialRow]:

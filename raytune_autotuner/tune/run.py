@@ -20,22 +20,23 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from raytune_autotuner.engine.contract import Engine
-from raytune_autotuner.engine.machine import machine
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
+from raytune_autotuner.report.recheck import Claim, Recheck, answer_of, claim_notes, note_claim
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
-from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import State, TrialRow
+from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+from raytune_autotuner.tune.cache import Cache, read_cache
 from raytune_autotuner.tune.callback import StudyCallback
 from raytune_autotuner.tune.checks import check_study, quality_notes
 from raytune_autotuner.tune.cluster import Cluster, address_of, node_answers, running_cluster
@@ -44,13 +45,14 @@ from raytune_autotuner.tune.engine_there import engine_of
 from raytune_autotuner.tune.files import bring_files
 from raytune_autotuner.tune.monitor import TICK_S, start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
-from raytune_autotuner.tune.resume import check_versions, elapsed_before_s, kept_rows, unfinished_run
+from raytune_autotuner.tune.resume import check_claim, check_versions, elapsed_before_s, kept_rows, unfinished_run
 from raytune_autotuner.tune.samplers import make_sampler
 from raytune_autotuner.tune.searcher import StudySearch
 from raytune_autotuner.tune.standing import Standing
 from raytune_autotuner.tune.stopping import enough
 from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.trainable import EngineTrial, Job
+from raytune_autotuner.tune.verify import Verifies
 from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
@@ -58,6 +60,7 @@ OK, NO_RESULT, INTERRUPTED = 0, 1, 130
 _STOP = (signal.SIGINT, signal.SIGTERM)
 LOOK_S = 2.0
 """So often the cluster is asked for its nodes."""
+_DUMMY = "the search loads no weights (engine.search_weights); finalists are measured again on the real ones"
 ANSWER_S = 5.0
 """The monitor answers in milliseconds; one that does not is lost with its node."""
 
@@ -69,10 +72,12 @@ def run_study(
     resume: bool = False,
     verbose: bool = False,
     trainable: type[EngineTrial] = EngineTrial,
+    verifies: Verifies | None = None,
 ) -> int:
     """Run `study` and leave its folder under `results`; returns the exit code.
 
     `resume` goes on with the newest unfinished run of the study there. `trainable` is what runs in each trial's actor.
+    With `verifies` nothing is searched: the study's one setting and the baseline are measured again.
     Raises `ConfigError` before anything is started where the study cannot run on this machine or cluster.
     """
     check_study(study, results)
@@ -81,12 +86,13 @@ def run_study(
     with ExitStack() as until_all_is_ended:
         joined = until_all_is_ended.enter_context(running_cluster(address)) if address else None
         engine = until_all_is_ended.enter_context(closing(engine_of(study, joined)))
-        learned = _prepare(study, engine, before)
+        learned = _prepare(study, engine, before, verifies)
         cluster = joined or until_all_is_ended.enter_context(running_cluster())
         cluster.require(study, engine)
         folder = before or ResultsFolder.create(results.absolute(), study)
         watcher = make_watcher(verbose)
-        run = _Run(study, engine, cluster, folder, watcher, trainable, learned, resumed=before is not None)
+        resumed = before is not None
+        run = _Run(study, engine, cluster, folder, watcher, trainable, learned, resumed, verifies)
         until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
             run.search()
@@ -97,13 +103,25 @@ def run_study(
             sweep_orphans()
 
 
-def _prepare(study: Study, engine: Engine, before: ResultsFolder | None) -> list[Learned]:
+def _prepare(study: Study, engine: Engine, before: ResultsFolder | None, verifies: Verifies | None) -> list[Learned]:
     """The engine's own checks, before the first trial; what `search.warm_start` has to teach."""
     if before is not None:
         check_versions(before, engine.versions())
-    engine.preflight()
+        check_claim(before, verifies.claim if verifies else None)
+    _preflight(engine, verifies)
     sweep_orphans()
-    return learn_from_earlier(study, {"engine": engine.versions(), "machine": machine()})
+    return learn_from_earlier(study, versions(engine))
+
+
+def _preflight(engine: Engine, verifies: Verifies | None) -> None:
+    """Raise `ConfigError` where no trial could start; of a setting that is verified, that is the answer."""
+    try:
+        engine.preflight()
+    except ConfigError as error:
+        if verifies is None or not str(error).startswith("search_space."):
+            raise
+        what = f"So {verifies.claim.source} cannot be started here: its gain does not hold."
+        raise ConfigError(f"{error}\n{what}") from error
 
 
 @dataclass
@@ -118,6 +136,7 @@ class _Run:
     trainable: type[EngineTrial]
     learned: Sequence[Learned] = ()
     resumed: bool = False
+    verifies: Verifies | None = None
     begun: float = field(default_factory=time.time)
     standings: dict[str, Standing] = field(default_factory=dict)
     stale: bool = False
@@ -146,6 +165,8 @@ class _Run:
         self.status = StudyStatus.begin(self.slots)
         write_status(self.folder, self.status)
         self.folder.write_versions(versions(self.engine, self.cluster))
+        if self.verifies is not None:
+            note_claim(self.folder, self.verifies.claim, self.verifies.earlier)
 
     def _take_over(self) -> list[TrialRow]:
         """What the interrupted run has measured already is kept; returns the trials to run once more."""
@@ -159,20 +180,12 @@ class _Run:
         """Run trials until the searcher has enough of them."""
         storage = JournalStorage(JournalFileBackend(str(self.folder.optuna_log)))
         drawn = sum(s.n_trials for s in optuna.get_all_study_summaries(storage))
+        now, parent = versions(self.engine, self.cluster), self.folder.path.parent
+        cache = read_cache(self.study, now, parent, self.engine.defaults())
         sampler, reason = make_sampler(self.study, self.slots, drawn)
-        engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
-        notes: tuple[str, ...] = (f"engine: {engine}", f"cluster: {self.cluster.shape}", f"sampler: {reason}")
-        notes += tuple(quality_notes(self.study))
-        notes += tuple(f"learned from {part}" for part in self.learned)
-        if self.resumed:
-            kept = sum(row.state.teaches for row in self.reporter.rows)
-            notes += (f"resumed: {kept} trials kept, {len(self.again)} interrupted ones run again",)
-        url, login = self.cluster.dashboard_url, self.cluster.login_hint
-        self.watcher.started(
-            StudyInfo(self.study, self.folder.path, self.slots, url, login, notes, self.engine.defaults())
-        )
-        for note in notes:
-            self.log.write_study(note)
+        self._tell_start([*self._notes(reason, cache)])
+        if self.verifies is not None:
+            self._take_from(self.verifies.claim)
         searcher = StudySearch(
             self.study,
             self.reporter,
@@ -187,10 +200,39 @@ class _Run:
             refuse=self.engine.refuse,
             on_refused=self._on_refused,
             learned=self.learned,
+            cache=cache,
         )
         if self.resumed:
             searcher.take_over(self.again)
         self._tuner(searcher).fit()
+
+    def _notes(self, sampler: str, cache: Cache) -> Iterator[str]:
+        """What is worth knowing before the first trial, a line each."""
+        engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
+        yield from (f"engine: {engine}", f"cluster: {self.cluster.shape}", *claim_notes(self.folder))
+        if self.verifies is None:
+            yield f"sampler: {sampler}"
+            yield from quality_notes(self.study)
+            yield from (f"learned from {part}" for part in self.learned)
+            yield from [f"cache: {cache}"] if self.study.search.cache else []
+            yield from [_DUMMY] if self.study.engine.search_weights == "dummy" else []
+        if self.resumed:
+            kept = sum(row.state.teaches for row in self.reporter.rows)
+            yield f"resumed: {kept} trials kept, {len(self.again)} interrupted ones run again"
+
+    def _tell_start(self, notes: Sequence[str]) -> None:
+        cluster, defaults, verifies = self.cluster, self.engine.defaults(), self.verifies is not None
+        seen_at = (cluster.dashboard_url, cluster.login_hint)
+        info = StudyInfo(self.study, self.folder.path, self.slots, *seen_at, tuple(notes), defaults, verifies)
+        self.watcher.started(info)
+        for note in notes:
+            self.log.write_study(note)
+
+    def _take_from(self, claim: Claim) -> None:
+        """The two settings that are measured again, where an interrupted run has not put them down already."""
+        for name, params, source in ((BASELINE, {}, f"the baseline of {claim.run}"), ("", claim.params, claim.source)):
+            if not any(row.state is State.EARLIER and row.name == name for row in self.reporter.rows):
+                self.reporter.take(params, {**self.engine.defaults(), **params}, source, name)
 
     def interrupt(self) -> None:
         """End the running trials now, start no more, keep what was measured."""
@@ -208,7 +250,7 @@ class _Run:
         self._show()
         rows = self.reporter.rows
         self.folder.write_rows(rows)
-        answer = study_verdict(self.study, rows, self.engine.defaults())
+        answer = answer_of(self.folder, self.study, rows, self.engine.defaults())
         self.folder.write_verdict(answer)
         lines = None
         if answer.winner is not None:
@@ -226,7 +268,8 @@ class _Run:
         self.log.close()
         if self.reporter.interrupted:
             return INTERRUPTED
-        return OK if answer.winner is not None else NO_RESULT
+        told = answer.holds if isinstance(answer, Recheck) else answer.winner
+        return NO_RESULT if told is None else OK
 
     def _tuner(self, searcher: StudySearch) -> Tuner:
         study = self.study
@@ -337,7 +380,8 @@ class _Run:
 
     def _changed(self, row: TrialRow) -> None:
         if row.state.finished:
-            self.board.ended(row)
+            if row.taken_from is None:
+                self.board.ended(row)
             self.stale = True
             self._look_whether_enough()
         self.show()

@@ -24,6 +24,7 @@ from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+from raytune_autotuner.tune.cache import EMPTY, Cache
 from raytune_autotuner.tune.lessons import Lessons
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.samplers import unmeasured
@@ -57,8 +58,10 @@ class StudySearch(OptunaSearch):
         refuse: Callable[[Params], Failure | None] = lambda params: None,
         on_refused: Callable[[Params, str], None] = lambda params, why: None,
         learned: Sequence[Learned] = (),
+        cache: Cache = EMPTY,
     ) -> None:
         self._study = study
+        self._cache = cache
         self._reporter = reporter
         self._teller = teller
         self._defaults = dict(defaults)
@@ -81,7 +84,7 @@ class StudySearch(OptunaSearch):
             storage=storage,
             study_name=study.study,
         )
-        if not self.ot_study.get_trials(deepcopy=False):
+        if not reporter.verifies_only and not self.ot_study.get_trials(deepcopy=False):
             self._learn(learned)
             self._enqueue_first_points(best_of(study, learned))
 
@@ -94,19 +97,37 @@ class StudySearch(OptunaSearch):
         """The next setting as a trial's config; None for not now, `Searcher.FINISHED` for never again."""
         if len(self._reporter.live) >= self._slots():
             return None
-        if not self._may_start():
-            return self._verification(trial_id)
-        if not self._reporter.wanted or self._awaits_reference():
-            return None
-        ot_trial, params = self._ask()
-        if ot_trial is None:
-            self._reporter.end_search(f"{MAX_REFUSALS} suggestions in a row were refused or known{self._last_refusal}")
-            return self._verification(trial_id)
+        while self._may_start():
+            if not self._reporter.wanted or self._awaits_reference():
+                return None
+            ot_trial, params = self._ask()
+            if ot_trial is None:
+                why = f"{MAX_REFUSALS} suggestions in a row were refused or known{self._last_refusal}"
+                self._reporter.end_search(why)
+            elif not self._answered_before(ot_trial, params):
+                return self._begin(trial_id, ot_trial, params)
+        return self._verification(trial_id)
+
+    def _begin(self, trial_id: str, ot_trial: optuna.Trial, params: Params) -> dict[str, Any]:
         self._ot_trials[trial_id] = ot_trial
         name, retry_of = ot_trial.user_attrs.get("name", ""), ot_trial.user_attrs.get("retry_of")
         row = self._reporter.suggested(trial_id, params, {**self._defaults, **params}, name=name, retry_of=retry_of)
         ot_trial.set_user_attr("trial", row.number)
         return self._config(row)
+
+    def _answered_before(self, ot_trial: optuna.Trial, params: Params) -> bool:
+        """Whether an earlier run has measured the setting: its answer is told, and costs no trial."""
+        filled = {**self._defaults, **params}
+        answer = self._cache.find(filled)
+        if answer is None:
+            return False
+        name = ot_trial.user_attrs.get("name", "")
+        row = self._reporter.take(params, filled, answer.source, name, answer.result)
+        for attribute, value in (("trial", row.number), ("taken_from", answer.source)):
+            ot_trial.set_user_attr(attribute, value)
+        self._teller.tell(self.ot_study, ot_trial, row)
+        self._lessons.note(row)
+        return True
 
     def _config(self, row: TrialRow) -> dict[str, Any]:
         """What the trial's actor is given."""
@@ -115,7 +136,10 @@ class StudySearch(OptunaSearch):
 
     def _awaits_reference(self) -> bool:
         """Whether answers must be held against those of a baseline that has not ended yet."""
-        return self._study.quality is not None and any(row.name for row in self._reporter.live)
+        if self._study.quality is None or self._reporter.reference is not None:
+            return False
+        named = {row.number for row in self._reporter.rows if row.name}
+        return any(row.number in named or row.verifies in named for row in self._reporter.live)
 
     def _verification(self, trial_id: str) -> Any:
         """The search is over: the next finalist to measure again, if one is due and may still begin."""
@@ -125,6 +149,8 @@ class StudySearch(OptunaSearch):
         if not self._finalists:  # the search is over: they stay the same
             self._finalists = finalists(self._study, self._reporter.rows, self._defaults)
         due = next_restart(self._study, self._reporter.rows, self._finalists) if self._may_verify() else None
+        if due is not None and self._reporter.verifies_only and self._awaits_reference():
+            return None
         if due is None:
             return None if live else Searcher.FINISHED
         row, restart = due

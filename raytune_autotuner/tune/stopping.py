@@ -12,7 +12,8 @@ from raytune_autotuner.study.trial import State, TrialRow
 def enough(study: Study, searched: Sequence[TrialRow]) -> str | None:
     """Why the search ends now, before its trials are used up; None where it goes on.
 
-    `searched` are the trials of the search by number; those that still run, were lost or interrupted do not count.
+    `searched` are the trials of the search by number; those that still run, were lost or interrupted do not count. One
+    that an earlier run has answered may be the best, but is none in a row.
     """
     ended = [row for row in searched if row.state.teaches]
     search, wanted = study.search, _wanted(study)
@@ -20,7 +21,8 @@ def enough(study: Study, searched: Sequence[TrialRow]) -> str | None:
         return f"the target is reached: {wanted} {target:g}"
     if (stale := _since_better(study, ended)) >= (search.plateau or len(ended) + 1):
         return f"{stale} trials in a row found nothing better (search.plateau)"
-    failures = len(list(takewhile(lambda row: row.state is State.FAILED, reversed(ended))))
+    own = [row for row in reversed(ended) if row.counts]
+    failures = len(list(takewhile(lambda row: row.state is State.FAILED, own)))
     if failures >= search.max_failures_in_a_row:
         return f"{failures} trials in a row failed (search.max_failures_in_a_row)"
     return None
@@ -44,6 +46,6 @@ def _since_better(study: Study, ended: Sequence[TrialRow]) -> int:
     for row in ended:
         if row.feasible and row.score is not None and (best is None or _better(study, row.score, best)):
             best, stale = row.score, 0
-        elif best is not None:
+        elif best is not None and row.counts:
             stale += 1
     return stale

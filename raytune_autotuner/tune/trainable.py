@@ -80,7 +80,7 @@ class EngineTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One round; the last step has the trial's whole result."""
         if not self._welcome:
-            return {"done": True}
+            return {SCORE: 0.0, "done": True}  # without its metric a result ends the whole study
         if self._rounds is None:
             self._evaluation = self._make_evaluation()
             self._rounds = self._evaluation.run()
@@ -105,7 +105,7 @@ class EngineTrial(tune.Trainable):
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         return Evaluation(
             study,
-            make_engine(study),
+            make_engine(study.searched if self.config["restart"] is None else study),
             self.config["params"],
             self._job.trials_dir / f"{self.config['number']}-{self.trial_id}",
             self._job.run_id,

@@ -18,8 +18,11 @@ from raytune_autotuner.tune.reporter import may_run_again
 def finalists(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
     """The trials whose settings are worth measuring again, the baseline first; empty where there is nothing to decide.
 
-    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case.
+    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case. The
+    settings of an earlier run that is verified are all there is.
     """
+    if taken := [row for row in rows if row.state is State.EARLIER]:
+        return taken
     found = [row for row in rows if row.verifies is None and row.state is State.MEASURED]
     baseline = next((row for row in reversed(found) if row.name == BASELINE), None)
     best = _best_first(study, [row for row in found if row.feasible], defaults)

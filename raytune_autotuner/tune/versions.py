@@ -12,8 +12,8 @@ from raytune_autotuner.engine.machine import machine
 from raytune_autotuner.tune.cluster import Cluster
 
 
-def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
-    """What a result rests on: packages, the engine's own values, machine, cluster."""
+def versions(engine: Engine, cluster: Cluster | None = None) -> dict[str, Any]:
+    """What a result rests on: packages, the engine's own values, machine, and the cluster once there is one."""
     packages = {name: _version(name) for name in ("ray", "optuna", "pyarrow", "pandas")}
     own = {"raytune_autotuner": __version__, "python": sys.version.split()[0]}
     return {
@@ -21,7 +21,7 @@ def versions(engine: Engine, cluster: Cluster) -> dict[str, Any]:
         "defaults": engine.defaults(),
         "packages": own | packages,
         "machine": machine(),
-        "cluster": cluster.shape,
+        **({} if cluster is None else {"cluster": cluster.shape}),
     }
 
 

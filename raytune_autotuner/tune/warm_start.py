@@ -6,7 +6,6 @@ study. Results folders in, judged rows out. Knows neither Ray nor Optuna.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +44,8 @@ def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learne
 
 
 def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
-    then = json.loads(earlier.versions_file.read_text(encoding="utf-8")) if earlier.versions_file.is_file() else {}
-    _check_same(_fingerprint(earlier.load_study(), then), mask_values(_fingerprint(study, versions)), earlier.path)
+    then, now = fingerprint(earlier.load_study(), earlier.read_versions()), fingerprint(study, versions)
+    _check_same(then, mask_values(now), earlier.path)
     ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None]
     inside = [row for row in ended if _is_inside(study, row.params)]
     return Learned(
@@ -56,17 +55,19 @@ def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) ->
     )
 
 
-def _fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be alike, by the name that people know it under."""
+def fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be alike for figures to be comparable, by the name that people know it under."""
     return {
         "model": study.model,
         "engine.kind": study.engine.kind,
         "engine.args": study.engine.args,
         "engine.env": study.engine.env,
+        "engine.search_weights": study.engine.search_weights,
         "workload": study.workload.model_dump(mode="json"),
         "resources": study.resources.model_dump(mode="json", exclude={"max_concurrent", "price_per_hour"}),
         "the engine's version": versions.get("engine"),
         "the machine": versions.get("machine"),
+        "the autotuner's version": dict(versions.get("packages") or {}).get("raytune_autotuner"),
     }
 
 

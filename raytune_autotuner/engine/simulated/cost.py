@@ -84,7 +84,7 @@ def startup_plan(setting: Setting, hardware: Hardware) -> tuple[tuple[Stage, flo
     """The stages of a start that this setting goes through, and the seconds that each takes."""
     size = memory(setting, hardware).weights_gib / max(hardware.weights_gib, 1e-9)
     plan = {stage: hardware.startup_s * share for stage, share in _STARTUP_SHARES.items()}
-    plan[Stage.WEIGHTS] *= size
+    plan[Stage.WEIGHTS] *= 0.0 if setting.load_format == "dummy" else size
     plan[Stage.GRAPH_CAPTURE] *= setting.max_cudagraph_capture_size / 512
     skipped = _WITH_GRAPHS_ONLY if setting.enforce_eager else ()
     return tuple((stage, seconds) for stage, seconds in plan.items() if stage not in skipped)

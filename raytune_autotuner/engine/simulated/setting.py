@@ -126,11 +126,13 @@ class Setting(FromFlags):
     kv_cache_dtype: str = field(default="auto", metadata=choices("auto", "fp8", "fp8_e4m3", "fp8_e5m2"))
     quantization: str | None = field(default=None, metadata=choices("fp8", "awq"))
     api_server_count: int = 1
+    load_format: str = field(default="auto", metadata=choices("auto", "dummy"))
 
     @property
     def key(self) -> str:
-        """A text that is equal for equal settings, in every process."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """A text that is equal for settings that are equally fast, in every process: made-up weights are no slower."""
+        values = {name: value for name, value in asdict(self).items() if name != "load_format"}
+        return json.dumps(values, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)

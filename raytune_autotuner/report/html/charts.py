@@ -37,7 +37,8 @@ _MAX_DIMENSIONS = 14
 def convergence(evidence: Evidence) -> Chart:
     """Scores in the order of the trials, and the best so far."""
     metric, direction = evidence.study.objective.targets[0]
-    empty = Chart("convergence", "Convergence", "", empty="No trial has ended yet.")
+    why = "No trial has ended yet." if evidence.recheck is None else "Nothing was searched: an earlier run is verified."
+    empty = Chart("convergence", "Convergence", "", empty=why)
     ended = [row for row in evidence.searched if row.state.teaches]
     if not ended:
         return empty

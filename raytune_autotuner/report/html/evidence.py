@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raytune_autotuner.report.finalists import Contender, contenders
+from raytune_autotuner.report.finalists import Contender, contenders, started
 from raytune_autotuner.report.masking import mask_values
+from raytune_autotuner.report.recheck import Recheck, answer_of
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import StudyStatus, format_duration, read_status
-from raytune_autotuner.report.verdict import Verdict, baseline_of, study_verdict
+from raytune_autotuner.report.verdict import Verdict, baseline_of
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.study import Study
@@ -96,6 +97,11 @@ class Evidence:
         return baseline_of(self.rows)
 
     @property
+    def recheck(self) -> Recheck | None:
+        """Of a run that verifies an earlier one: what that claimed, and what is different now."""
+        return self.answer if isinstance(self.answer, Recheck) else None
+
+    @property
     def standing(self) -> str:
         """`running`, `finished`, `interrupted`, `killed` or `not started`."""
         if self.status is None:
@@ -114,8 +120,11 @@ class Evidence:
         return self.folder.trial_dir(row.number, row.trial_id)
 
     def command(self, row: TrialRow) -> Mapping[str, Any]:
-        """How the trial's engine was started (`command.json`); empty where that was not written."""
-        return _read_json(self.trial_dir(row) / "command.json")
+        """How the row's engine was started (`command.json`); empty where that was not written, or on dummy weights."""
+        place = started(row, self.rows)
+        if place.verifies is None and self.study.engine.search_weights == "dummy":
+            return {}
+        return _read_json(self.trial_dir(place) / "command.json")
 
 
 def gather(folder: ResultsFolder) -> Evidence:
@@ -129,7 +138,7 @@ def gather(folder: ResultsFolder) -> Evidence:
         rows,
         _read_json(folder.versions_file),
         status,
-        study_verdict(study, rows),
+        answer_of(folder, study, rows),
         folder.read_verdict() if over else None,
     )
 

@@ -121,7 +121,9 @@ def load_curve(row: TrialRow, latency: str) -> tuple[list[str], list[float | Non
 
 def _chosen(evidence: Evidence) -> list[TrialRow]:
     finalists = [one.row for one in evidence.contenders]
-    having = [row for row in evidence.searched if row.state is State.MEASURED]
+    having = [row for row in evidence.searched if row.state is State.MEASURED and row.taken_from is None]
+    if not having:  # a run that verifies an earlier one has restarts only
+        having = [one.measured[0] for one in evidence.contenders if one.measured]
     sign = -1.0 if evidence.study.objective.direction == "maximize" else 1.0
     best = sorted(having, key=lambda row: (not row.feasible, sign * (row.score or 0.0)))
     first = [row for row in (evidence.baseline, evidence.winner) if row is not None]

@@ -58,6 +58,7 @@ def verdict(evidence: Evidence) -> Markup:
         tag("p", evidence.sentence, cls="sentence"),
         tag("p", evidence.warning, cls="warning") if evidence.warning else "",
         tag("div", *_tiles(evidence), cls="tiles"),
+        _then_and_now(evidence),
         id="verdict",
     )
 
@@ -87,7 +88,7 @@ def copy_box(title: str, text: str) -> Markup:
 def versus(evidence: Evidence) -> Markup:
     """Baseline against winner: settings and figures with their differences."""
     title, base, other = "Baseline against winner", evidence.baseline, _rival(evidence)
-    if base is None or base.state is not State.MEASURED:
+    if base is None or (base.state is not State.MEASURED and not _measured_again(evidence, base)):
         why = "There is no baseline" if base is None else f"The baseline has no figures: it is {base.state}"
         return section("versus", title, nothing(f"{why}, so nothing can be compared with it."))
     if other is None:
@@ -148,7 +149,7 @@ def provenance(evidence: Evidence) -> Markup:
         "failures are graded by": study.penalty.grade,
     }
     rows = [(name, value) for name, value in facts.items() if value]
-    again = copy_box("Again", "python -m raytune_autotuner study.yaml --results results")
+    again = copy_box("Again", _again(evidence))
     text = mask(evidence.folder.study_file.read_text(encoding="utf-8"))
     file = tag("details", tag("summary", "study.yaml, as it was run"), copy_box("study.yaml", text))
     note = "With the same versions, on the same machine. Secrets are masked (***): fill them in before a new run."
@@ -157,6 +158,23 @@ def provenance(evidence: Evidence) -> Markup:
 
 
 # Parts
+
+
+def _again(evidence: Evidence) -> str:
+    if evidence.recheck is None:
+        return "python -m raytune_autotuner study.yaml --results results"
+    return f"python -m raytune_autotuner verify results/{evidence.recheck.claim.run}"
+
+
+def _then_and_now(evidence: Evidence) -> Markup:
+    """What an earlier run claimed, and what is not as it was; empty for a run that searches."""
+    again = evidence.recheck
+    if again is None:
+        return Markup("")
+    facts = [("then", again.claim.then), ("by", again.claim.source), ("its verdict", again.claim.sentence)]
+    nothing_else = ("nothing: engine, machine and load are the same",)
+    different = [("different now", one) for one in again.different or nothing_else]
+    return tag("div", tag("h3", "What is verified"), table((), [*facts, *different], cls="facts"), cls="card")
 
 
 def _tiles(evidence: Evidence) -> list[Markup]:
@@ -170,7 +188,7 @@ def _tiles(evidence: Evidence) -> list[Markup]:
         tiles.append(_tile("gain over the baseline", percent(evidence.gain, sign=True), span))
     named = (("winner", None if _keeps_defaults(evidence) else evidence.winner), ("baseline", evidence.baseline))
     for name, row in named:
-        if row is not None and row.score is not None:
+        if row is not None and (row.score is not None or _measured_again(evidence, row)):
             value = _contender_mean(evidence, row)
             unit = f" ({unit_of(metric)})" if unit_of(metric) else ""
             tiles.append(_tile(f"{name}, trial {row.number}", format_number(value), f"{metric}{unit}"))
@@ -178,8 +196,11 @@ def _tiles(evidence: Evidence) -> list[Markup]:
         tiles.append(_tile("noise", percent(evidence.answer.noise), "of the baseline between engine starts"))
     searched, failed = evidence.searched, sum(row.state is State.FAILED for row in evidence.searched)
     again = len(evidence.rows) - len(searched)
-    more = f"{failed} failed" + (f" · {again} restarts to verify" if again else "")
-    tiles.append(_tile("trials", str(len(searched)), more))
+    if evidence.recheck is not None:
+        tiles.append(_tile("restarts", str(again), "of both settings"))
+    else:
+        more = f"{failed} failed" + (f" · {again} restarts to verify" if again else "")
+        tiles.append(_tile("trials", str(len(searched)), more))
     if evidence.elapsed:
         tiles.append(_tile("time", evidence.elapsed, evidence.standing))
     return tiles
@@ -199,6 +220,11 @@ def _contender_mean(evidence: Evidence, row: TrialRow) -> float:
     return one.mean() if one is not None and one.measured else row.score or 0.0
 
 
+def _measured_again(evidence: Evidence, row: TrialRow) -> bool:
+    one = _contender(evidence, row)
+    return one is not None and bool(one.measured)
+
+
 def _contender(evidence: Evidence, row: TrialRow) -> Contender | None:
     return next((one for one in evidence.contenders if one.row.number == row.number), None)
 
@@ -209,6 +235,7 @@ def _rival(evidence: Evidence) -> TrialRow | None:
     if winner is not None and base is not None and winner.number != base.number:
         return winner
     others = [row for row in evidence.searched if row.state is State.MEASURED and row.params and row.score is not None]
+    others = others or [one.row for one in evidence.contenders if one.measured and not one.is_baseline]
     sign = -1.0 if evidence.study.objective.direction == "maximize" else 1.0
     return min(others, key=lambda row: (not row.feasible, sign * (row.score or 0.0)), default=None)
 

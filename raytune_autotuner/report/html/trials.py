@@ -136,7 +136,8 @@ def _role(row: TrialRow) -> str:
     if row.verifies is not None:
         return f"restart {(row.restart or 0) + 1} of trial {row.verifies}"
     again = "" if row.retry_of is None else f"trial {row.retry_of} again"
-    return " ".join(filter(None, (row.name, again)))
+    taken = "" if row.taken_from is None else f"from {row.taken_from}"
+    return " ".join(filter(None, (row.name, again, taken)))
 
 
 def _relative(row: TrialRow) -> Markup:
