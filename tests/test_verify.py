@@ -22,6 +22,7 @@ from raytune_autotuner.study.study import load_study
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
 from raytune_autotuner.tune.verify import study_to_verify
 from tests.report_samples import BASE, METRIC, again, failed, make_study, measured, setting, verified, verified_rows
+from tests.searches import Search
 from tests.studies import marks, write_study
 from tests.study_folders import VERSIONS, make_folder
 
@@ -169,6 +170,24 @@ def test_a_masked_secret_is_taken_from_the_environment_or_asked_for(
         study_to_verify(folder)
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     assert study_to_verify(folder)[0].engine.env["HF_TOKEN"] == "hf_abcdefgh"
+
+
+def test_where_answers_are_judged_the_setting_waits_for_those_of_the_defaults(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"quality": {}, "verify": {"top": 1, "restarts": 2}}
+    study = load_study(write_study(tmp_path, search_space={"max-num-seqs": {"choice": [64]}}, **changes))
+    search = Search(study, tmp_path / "results", slots=2)
+    search.reporter.take({}, search.defaults, "the baseline of RUN", BASELINE)
+    search.reporter.take({"max-num-seqs": 64}, {"max-num-seqs": 64}, "trial 1 of RUN")
+    search.begin()
+    assert search.suggest("a")["reference"] is None
+    assert search.suggest("b") is None
+    search.end("a", 100.0)
+    first = search.suggest("b")
+    assert first["params"] == {"max-num-seqs": 64}
+    assert first["reference"].answers == ("an answer",)
+    search.end("b", 130.0)
+    assert search.reporter.row("b").relative == 1.3
+    assert not search.searcher.ot_study.trials
 
 
 # Whole runs

@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.storages import InMemoryStorage
 
 from raytune_autotuner.engine.catalog import make_engine
-from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.space import setting_key
 from raytune_autotuner.study.study import Study, load_study
-from raytune_autotuner.study.trial import State, TrialResult, TrialRow
+from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.cache import Cache, read_cache
-from raytune_autotuner.tune.reporter import RESULT, SCORE, TrialReporter
-from raytune_autotuner.tune.samplers import make_sampler
-from raytune_autotuner.tune.searcher import StudySearch
-from raytune_autotuner.tune.standing import Standing
-from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import best_of, learn_from_earlier
 from tests.report_samples import METRIC, NO_MEMORY, failed, measured
+from tests.searches import Search
 from tests.studies import optuna_trials, run_study, write_study
 from tests.study_folders import make_folder
 
@@ -177,41 +171,23 @@ def test_another_cluster_and_folders_that_are_no_runs_any_more_are_passed_over(t
     assert not cached(tmp_path, tmp_path / "results").answers
 
 
-def searched(parent: Path, trials: int, **search: Any) -> tuple[ResultsFolder, StudySearch]:
-    """A search, verification included, whose trials end at once: the smaller their values, the better."""
-    search = {"trials": trials, "sampler": "grid", **search}
-    study = load_study(write_study(parent, search_space=SPACE, search=search, verify={"top": 1, "restarts": 2}))
-    engine, folder = make_engine(study), ResultsFolder.create(parent / "results", study)
-    folder.write_versions({**versions(engine), "cluster": "one"})
-    cache = read_cache(study, folder.read_versions(), parent / "results", engine.defaults())
-    reporter = TrialReporter(study, folder, engine.rules, standing_of=lambda trial_id: Standing())
-    search_alg = StudySearch(
-        study,
-        reporter,
-        sampler=make_sampler(study, 1)[0],
-        storage=InMemoryStorage(),
-        teller=Teller(study),
-        defaults=engine.defaults(),
-        slots=lambda: 1,
-        placement=lambda params: {"cpus": 1.0},
-        may_start=lambda: not reporter.complete,
-        may_verify=lambda: True,
-        cache=cache,
-    )
+def searched(parent: Path, trials: int, **search: Any) -> Search:
+    """A search, verification included: the smaller the values of a setting, the better."""
+    changes = {"search": {"trials": trials, "sampler": "grid", **search}, "verify": {"top": 1, "restarts": 2}}
+    found = Search(load_study(write_study(parent, search_space=SPACE, **changes)), parent / "results")
+    found.begin()
     for number in itertools.count():
-        config = search_alg.suggest(f"t{number}")
+        config = found.suggest(f"t{number}")
         if not isinstance(config, dict):
-            return folder, search_alg
-        score = 5000 - math.prod({**engine.defaults(), **config["params"]}.values())
-        result = TrialResult({METRIC: float(score)}, None, {"total": 1.0}).to_dict()
-        search_alg.on_trial_complete(f"t{number}", {RESULT: result, SCORE: score})
-    raise AssertionError("the search has no end")
+            break
+        found.end(f"t{number}", 5000.0 - math.prod({**found.defaults, **config["params"]}.values()))
+    return found
 
 
 def test_a_search_starts_only_what_no_earlier_run_has_and_verifies_anew(tmp_path: Path) -> None:
-    first, _ = searched(tmp_path, 5)
-    folder, search_alg = searched(tmp_path, 20, cache=True)
-    rows = folder.read_rows()
+    first = searched(tmp_path, 5).folder
+    second = searched(tmp_path, 20, cache=True)
+    rows = second.folder.read_rows()
     taken = [row.taken_from for row in rows if row.taken_from is not None]
     assert taken == [f"trial {number} of {first.path.name}" for number in range(5)]
     assert rows[0].name == "baseline"
@@ -220,6 +196,6 @@ def test_a_search_starts_only_what_no_earlier_run_has_and_verifies_anew(tmp_path
     assert len({setting_key(row.params) for row in rows if row.verifies is None}) == 8
     again = [row for row in rows if row.verifies is not None]
     assert [row.taken_from for row in again] == [None] * 4
-    told = {trial.user_attrs["trial"]: trial.user_attrs.get("taken_from") for trial in search_alg.ot_study.trials
+    told = {trial.user_attrs["trial"]: trial.user_attrs.get("taken_from") for trial in second.searcher.ot_study.trials
             if "trial" in trial.user_attrs}  # fmt: skip
     assert told == {row.number: row.taken_from for row in rows if row.verifies is None}
