@@ -300,6 +300,7 @@ def _not_answering(address: str | None, why: str) -> str:
         return f"Ray does not start on this machine: {why}\nIs there a cluster already? Then name it with --address."
     return (
         f"--address {address}: no Ray cluster answers there: {why}\n"
+        "The study has to run on a node of the cluster; from elsewhere, submit it as a Ray job (docs/cluster.md).\n"
         "If it asks for tokens: RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
     )
 

@@ -59,6 +59,7 @@ class TrialReporter:
         self._on_change = on_change
         self._book = Book(study.objective.direction)
         self._stopped: dict[str, float] = {}
+        self._any_began = False
         self.interrupted = False
         self.ending: str | None = None
         """Why the search ends before its trials are used up."""
@@ -186,6 +187,7 @@ class TrialReporter:
         if row.state.finished:
             return row
         standing = self._standing_of(trial_id)
+        self._any_began = self._any_began or standing.started_at > 0
         if report is None and standing.node_id and not self._node_answers(standing.node_id):
             standing = replace(standing, ended_by=Kind.NODE_LOST)
         else:
@@ -229,7 +231,7 @@ class TrialReporter:
         by_themselves = [one for one in self._book.lost(row.trial_id) if not _is_node_lost(one)]
         repeated = len(by_themselves) >= self._study.trial.retries
         if not standing.started_at:
-            return _never_began(Blame.STUDY if repeated else Blame.ENVIRONMENT)
+            return _never_began(Blame.STUDY if repeated and not self._any_began else Blame.ENVIRONMENT)
         trial_dir = self._folder.trial_dir(row.number, row.trial_id)
         # What an engine prints while it is being ended is not why it ended.
         ended_by_us = read_end(trial_dir) is not Cause.EXITED
