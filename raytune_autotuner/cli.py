@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from raytune_autotuner import __version__
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
+from raytune_autotuner.study.masking import mask
 
 if TYPE_CHECKING:
     from raytune_autotuner.study.study import Study
@@ -52,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"raytune_autotuner runs on Linux, but this is {platform.system()}.")
         return int(_COMMANDS[parsed.command](parsed))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return WRONG_USE
     except AutotunerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return NO_RESULT
     except KeyboardInterrupt:
         return INTERRUPTED

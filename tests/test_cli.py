@@ -67,7 +67,7 @@ def test_a_missing_file_is_named_with_those_that_are_there(capsys: pytest.Captur
         (b"study: t\nengine: &a {kind: vllm}\nsearch: *a\n", "aliases (*name) are not supported"),
         (b"study: !!python/object:os.system t\n", "tags (!name) are not supported"),
         (b"study: t\nmodel: " + b"[" * 30, "nested more than 20 levels deep"),
-        (b"a" * 1_000_001, "larger than 1,000,000 bytes"),
+        (b"a" * 250_001, "larger than 250,000 bytes"),
     ],
 )
 def test_what_is_no_study_file_is_refused(capsys: pytest.CaptureFixture[str], content: bytes, told: str) -> None:

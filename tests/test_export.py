@@ -161,8 +161,8 @@ def test_the_kubernetes_objects_keep_the_published_schema(tmp_path: Path) -> Non
         validate.validate(one, validate.latest_version(), strict=True)
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
-    assert engine_arguments([part.replace("$$(", "$(") for part in container["args"]]) == wanted(folder)
-    assert "$(id)" not in " ".join(container["args"]).replace("$$(", "")
+    assert engine_arguments([part.replace("$$", "$") for part in container["args"]]) == wanted(folder)
+    assert "$(id)" not in " ".join(container["args"]).replace("$$", "")
     variables = {one["name"]: one for one in container["env"]}
     assert variables["VLLM_CPU_OMP_THREADS_BIND"]["value"] == "0-1"
     assert variables["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["optional"] is True

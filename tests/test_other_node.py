@@ -18,13 +18,12 @@ from raytune_autotuner.study.trial import State
 from tests.studies import command, only_run, write_study
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+# A cluster that a study starts listens on loopback alone: no other node can join it.
 _HEAD = """
-import sys
-from raytune_autotuner.tune.cluster import running_cluster
-with running_cluster(num_cpus=0):
-    import ray
-    print(ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
+import sys, ray
+ray.init(address="local", num_cpus=0, include_dashboard=False, object_store_memory=128 * 1024**2)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
 """
 _NODE = 'mount -t tmpfs none "$0" && exec "$1" -m ray.scripts.scripts start --address="$2" --num-cpus=2 --block'
 

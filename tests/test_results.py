@@ -6,9 +6,11 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow.parquet as pa_parquet
 import pytest
@@ -16,7 +18,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.report.masking import mask, mask_launch, mask_values
 from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_json, write_result, write_text
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import (
@@ -31,6 +32,7 @@ from raytune_autotuner.report.summary import failure_lines, render_status
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.masking import assignment, mask, mask_values
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from tests.report_samples import (
     METRIC,
@@ -83,7 +85,7 @@ def test_a_study_with_every_kind_of_value_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_secret_of_the_study_is_not_written(tmp_path: Path) -> None:
-    study = make_study(engine={"args": {}, "env": {"HF_TOKEN": "not-a-known-look", "A": "b"}}, constraints=[])
+    study = make_study(engine={"args": {}, "env": {"HF_TOKEN": "not-a-known-look", "VLLM_A": "b"}}, constraints=[])
     text = ResultsFolder.create(tmp_path, study).study_file.read_text()
     assert "not-a-known-look" not in text
     assert "HF_TOKEN: '***'" in text
@@ -340,7 +342,8 @@ def test_the_launch_script_runs_the_line_with_its_variables(folder: ResultsFolde
 
 
 def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFolder) -> None:
-    folder.write_best(make_study(), sample_rows()[2], None, "m", "HF_TOKEN=hf_0123456789abc bash -c 'echo $HF_TOKEN'")
+    token = assignment("HF_TOKEN", "hf_0123456789abc")
+    folder.write_best(make_study(), sample_rows()[2], None, "m", f"{token} bash -c 'echo $HF_TOKEN'")
     assert "hf_0123456789abc" not in folder.launch_file.read_text()
     environment = {**os.environ, "HF_TOKEN": "mine"}
     run = subprocess.run([folder.launch_file], capture_output=True, text=True, check=True, env=environment)
@@ -359,6 +362,12 @@ def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFo
         ('{"VLLM_API_KEY": "abc"}', '{"VLLM_API_KEY": "***"}'),
         ("'api_key': ['abc'], 'max_tokens': 128", "'api_key': ['***'], 'max_tokens': 128"),
         ("--api-key abc serve", "--api-key *** serve"),
+        (
+            "['--hf-token', 'abc', '--max-num-batched-tokens', '256']",
+            "['--hf-token', '***', '--max-num-batched-tokens', '256']",
+        ),
+        ("hf_overrides={}, 'hf_token': 'abc'", "hf_overrides={}, 'hf_token': '***'"),
+        ("login with token=abcdef ok", "login with token=*** ok"),
         ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
         ("https://me:pw@host/x", "https://me:***@host/x"),
         ("TOKENIZERS_PARALLELISM=false", "TOKENIZERS_PARALLELISM=false"),
@@ -375,13 +384,24 @@ def test_the_value_of_a_secret_variable_is_masked_wherever_it_stands() -> None:
     assert mask("in plain-looking text of /home/someone 1", env) == "in *** text of /home/someone 1"
 
 
+@pytest.mark.parametrize("form", [str, json.dumps, repr, shlex.quote, quote], ids=lambda form: form.__name__)
+def test_a_known_secret_is_found_in_every_form_in_which_it_is_written(form: Callable[[str], str]) -> None:
+    secret = """pa"ss 'wörd\\/&"""
+    said = mask(f"it is {form(secret)} indeed", {"DB_PASSWORD": secret})
+    assert "ss" not in said
+    assert "rd" not in said
+
+
 def test_values_under_telling_keys_are_masked_at_any_depth() -> None:
     before = {"env": {"API_KEY": "x", "n": 2}, "argv": ["--hf-token", "hf_0123456789"], "max_tokens": 5}
     assert mask_values(before) == {"env": {"API_KEY": "***", "n": 2}, "argv": ["--hf-token", "***"], "max_tokens": 5}
 
 
-def test_a_launch_line_stays_a_launch_line() -> None:
-    assert mask_launch("A=1 OPENAI_API_KEY='x y' vllm serve m") == 'A=1 OPENAI_API_KEY="$OPENAI_API_KEY" vllm serve m'
+def test_a_secret_variable_is_assigned_from_the_environment_and_stays_so() -> None:
+    assert assignment("OPENAI_API_KEY", "x 'y") == 'OPENAI_API_KEY="$OPENAI_API_KEY"'
+    assert (
+        mask('A=1 OPENAI_API_KEY="$OPENAI_API_KEY" vllm serve m') == 'A=1 OPENAI_API_KEY="$OPENAI_API_KEY" vllm serve m'
+    )
 
 
 # Status

@@ -21,6 +21,7 @@ from raytune_autotuner.study.space import (
     describe,
     format_value,
     parse_space,
+    readable,
 )
 from raytune_autotuner.tune.tell import suggest
 
@@ -195,3 +196,8 @@ def test_a_constraint_that_some_values_cannot_be_put_into_is_found_before_the_se
 def test_a_value_on_the_command_line_is_one_text(value: Any) -> None:
     assert isinstance(format_value(value), str)
     assert "\n" not in format_value(value)
+
+
+def test_what_people_read_of_a_value_is_one_line_that_no_terminal_obeys() -> None:
+    assert readable("a\x1b[2J\nb\u202ec") == r"a\x1b[2J\nb\u202ec"
+    assert "\x1b" not in describe(Choice(("\x1b[2J",)))

@@ -70,9 +70,9 @@ def test_what_is_no_duration_is_refused(text: Any) -> None:
 
 def test_a_trials_setting_is_the_fixed_one_with_its_parameters_over_it() -> None:
     study = parse_study(
-        {**MINIMAL, "engine": {"args": {"max-num-seqs": 4, "dtype": "auto"}, "env": {"A": 1, "B": True}}}
+        {**MINIMAL, "engine": {"args": {"max-num-seqs": 4, "dtype": "auto"}, "env": {"VLLM_A": 1, "VLLM_B": True}}}
     )
-    assert study.fixed == {"max-num-seqs": 4, "dtype": "auto", "env:A": "1", "env:B": "true"}
+    assert study.fixed == {"max-num-seqs": 4, "dtype": "auto", "env:VLLM_A": "1", "env:VLLM_B": "true"}
     assert study.setting({"max-num-seqs": 9}) == {**study.fixed, "max-num-seqs": 9}
     assert study.setting({}) == study.fixed
 
@@ -108,9 +108,9 @@ def test_the_engines_python_is_kept_in_full_unless_it_is_a_bare_name() -> None:
 
 def test_an_override_reaches_any_key(tmp_path: Path) -> None:
     text = yaml.safe_dump(MINIMAL)
-    study = load(tmp_path, text, "search.trials=3", "workload.concurrency=[1, 2]", "engine.env.A=b", "model=c/d")
+    study = load(tmp_path, text, "search.trials=3", "workload.concurrency=[1, 2]", "engine.env.VLLM_A=b", "model=c/d")
     assert (study.search.trials, study.workload.concurrency) == (3, (1, 2))
-    assert (study.engine.env, study.model) == ({"A": "b"}, "c/d")
+    assert (study.engine.env, study.model) == ({"VLLM_A": "b"}, "c/d")
 
 
 def test_a_point_may_hold_the_value_that_is_fixed_for_the_baseline() -> None:
@@ -223,16 +223,18 @@ def studies(draw: st.DrawFn) -> Study:
     levels = draw(st.lists(st.integers(1, 500), min_size=1, max_size=3))
     raw = {
         "study": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)),
-        "model": draw(st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=20)),
+        "model": f"m{draw(st.text(st.characters(exclude_categories=['C']), max_size=20))}",
         "engine": {
             "kind": draw(st.sampled_from(["vllm", "simulated"])),
             "args": {"dtype": draw(st.sampled_from(["auto", "yes", "1e5", "null", ""])), "flag": draw(st.booleans())},
-            "env": draw(st.dictionaries(st.from_regex(r"[A-Z_]{1,8}", fullmatch=True), st.text("abc 1:#", max_size=8))),
+            "env": draw(
+                st.dictionaries(st.from_regex(r"VLLM_X[A-Z]{1,8}", fullmatch=True), st.text("abc 1:#", max_size=8))
+            ),
         },
         "search_space": {
             "max-num-seqs": {"int": [1, draw(st.integers(1, 10**9))], "log": draw(st.booleans())},
             "mode": {"choice": [1, 1.5, "1", None, True, {"level": [1, "a"]}], "when": "max-num-seqs > 3"},
-            "env:THREADS": {"choice": ["auto", "0-1", "0x1F", "on"]},
+            "env:OMP_THREADS": {"choice": ["auto", "0-1", "0x1F", "on"]},
         },
         "constraints": draw(st.lists(st.sampled_from(["max-num-seqs != 7", 'dtype != "other" or flag']), max_size=2)),
         "workload": {loop: levels, "traffic": draw(st.sampled_from(["D(8,2)", "N(8,2)/(4,1)", "U(1,9)/(2,3)"]))},

@@ -19,6 +19,7 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.tell import CONSTRAINT
 from tests.studies import actor_of, command, marks, only_run, optuna_trials, run_study, write_study
+from tests.watched import Seen, run_watched
 
 FAULTS = {
     "oom@kv-cache": ("kv-cache", "out-of-memory"),
@@ -32,16 +33,35 @@ FAULTS = {
 }
 
 
+HUB, STORE, OWN, URL = (f"canary-{name}-5b1d07f2" for name in ("hub", "store", "own", "url"))
+"""Secrets without a known look."""
+LOUD = "zombie-print@initialization:every=0.2:text=${}"
+
+
 @pytest.fixture(scope="module")
-def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], ResultsFolder]:
-    """A study with successes, one enqueued failure and the whole way from `ray.init` to the verdict."""
+def watched(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], ResultsFolder, Seen]:
+    """A study with successes, one enqueued failure and the whole way from `ray.init` to the verdict.
+
+    It has secrets, which its engines print.
+    """
     study = write_study(
         tmp_path_factory.mktemp("ordinary"),
+        engine={
+            "args": {"fault": ",".join(map(LOUD.format, ("HF_TOKEN", "OWN_API_KEY", "VLLM_PROXY")))},
+            "env": {"OWN_API_KEY": OWN, "VLLM_PROXY": f"http://me:{URL}@127.0.0.1:9"},
+        },
         search_space={"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}},
         search={"trials": 5, "points": [{"max-num-seqs": 2, "block-size": 7}]},
         workload={"rounds": 2},
     )
-    return run_study(study)
+    return run_watched(study, {"HF_TOKEN": HUB, "AWS_SECRET_ACCESS_KEY": STORE})
+
+
+@pytest.fixture(scope="module")
+def ordinary(watched: tuple[Any, ResultsFolder, Seen]) -> tuple[Any, ResultsFolder]:
+    return watched[:2]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +93,31 @@ def test_a_study_ends_with_a_winner_and_exit_code_0(ordinary: tuple[Any, Results
     assert "serve it here:" in done.stdout
     assert "\x1b" not in done.stdout
     assert marks(folder.path.name) == {}
+
+
+def test_everything_listens_on_this_machine_alone(watched: tuple[Any, ResultsFolder, Seen]) -> None:
+    listening = watched[2].listening
+    assert {"gcs_server", "raylet", "ray::DashboardAgent"} <= {name for name, _ in listening}
+    assert len([name for name, _ in listening if name.startswith("python")]), "no engine was seen"
+    assert not [(name, ip) for name, ip in listening if ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+
+
+def test_no_secret_stands_in_a_file_a_process_list_or_what_is_said(
+    watched: tuple[subprocess.CompletedProcess[str], ResultsFolder, Seen],
+) -> None:
+    done, folder, seen = watched
+    ray_token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    shown = {"said": done.stdout + done.stderr, **{line: line for line in seen.lines}}
+    for path in folder.path.rglob("*"):
+        if path.is_file():
+            shown[str(path)] = path.read_bytes().decode(errors="replace")
+        if path.suffix == ".parquet":
+            shown[f"{path}: rows"] = pd.read_parquet(path).to_csv()
+    for secret in (HUB, STORE, OWN, URL, ray_token):
+        assert not [where for where, text in shown.items() if secret in text]
+    log = folder.trial_dir(0, folder.read_rows()[0].trial_id) / "engine.log"
+    printed = {line.partition("] ")[2] for line in log.read_text().splitlines()}
+    assert {"***", "http://me:***@127.0.0.1:9"} <= printed
 
 
 def test_optuna_holds_every_trial_complete_and_finite(ordinary: tuple[Any, ResultsFolder]) -> None:

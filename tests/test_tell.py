@@ -405,7 +405,7 @@ SPACE = {
     "mixed": {"choice": [None, 1, "1", True, 1.0]},
     "speculative-config": {"choice": [None, {"method": "ngram", "num_speculative_tokens": 3}, [1, 2]]},
     "enforce-eager": "bool",
-    "env:THREADS": {"choice": ["auto", "0-1"]},
+    "env:OMP_THREADS": {"choice": ["auto", "0-1"]},
     "one": {"choice": [7]},
 }
 

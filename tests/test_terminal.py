@@ -25,6 +25,7 @@ from raytune_autotuner.report.table import differing, trial_table
 from raytune_autotuner.report.terminal import Ending, EventLines, StudyInfo, comparison_lines, make_watcher
 from raytune_autotuner.report.verdict import study_verdict, verdict
 from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.masking import assignment
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from tests.report_samples import (
@@ -197,7 +198,7 @@ def test_the_launch_line_stands_alone_and_whole_at_any_width(width: int, monkeyp
 
 
 def test_a_launch_line_shows_no_secret() -> None:
-    text = ended(the_end=replace(ending(), launch=("HF_TOKEN=hf_0123456789abc vllm serve m", "vllm serve m")))
+    text = ended(the_end=replace(ending(), launch=(f"{assignment('HF_TOKEN', 'hf_0123456789abc')} vllm serve m", "")))
     assert "hf_0123456789abc" not in text
     assert 'HF_TOKEN="$HF_TOKEN" vllm serve m' in text
 

@@ -19,10 +19,12 @@ def flag(name: str, value: Any) -> list[str]:
 
     >>> flag("block-size", 16), flag("enforce-eager", False), flag("seed", None), flag("nice", -1)
     (['--block-size', '16'], ['--no-enforce-eager'], [], ['--nice=-1'])
+    >>> flag("compilation-config.use_inductor", False)
+    ['--compilation-config.use_inductor', 'false']
     """
     if value is None:
         return []
-    if isinstance(value, bool):
+    if isinstance(value, bool) and "." not in name:  # a key inside a configuration has no other form
         return [f"--{name}" if value else f"--no-{name}"]
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]

@@ -5,7 +5,7 @@ rewrite their line with carriage returns become one line per state; blank lines 
 
 A log keeps its head and its tail. The first half of the limit stays in `engine.log`; what follows goes to
 `engine.tail.log`, which at a quarter of the limit becomes `engine.tail.1.log` in place of the one before it.
-`log_parts` names the files in reading order. A disk that is full costs lines, never the engine.
+`log_parts` names the files in reading order. A disk that is full costs lines, never the engine. Secrets are masked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from raytune_autotuner.engine.reading import LogReader, LogRules
+from raytune_autotuner.study.masking import mask
 
 _FIGURES_READ = "GET /metrics"
 MAX_LINE_BYTES = 16_384
@@ -99,7 +100,7 @@ class StampedLog:
         """Append (stage, line) pairs, stamped with the present time."""
         now, chunk = time.time(), bytearray()
         for stage, line in lines:
-            entry = f"{stamp(now, stage)}{line}\n".encode()
+            entry = f"{stamp(now, stage)}{mask(line)}\n".encode()
             if self._size + len(chunk) + len(entry) > self._part_limit:
                 self._append(chunk)
                 chunk = bytearray()

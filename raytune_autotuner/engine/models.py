@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.engine.memory import Tensor
-from raytune_autotuner.study.errors import AutotunerError, ConfigError
+from raytune_autotuner.study.errors import AutotunerError, ConfigError, shown
 
 PREFIX = "bundled:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,6 +67,8 @@ def check(model: str) -> None:
         _bundled(model)
     elif _is_folder(model):
         model_config(Path(model).expanduser())
+        if served_name(model).startswith("-"):
+            raise ConfigError(f"model: the folder's name in {shown(model)} would be a flag to the engine; rename it.")
     elif not _HUB_ID.fullmatch(model):
         known = ", ".join(PREFIX + name for name in BUNDLED)
         raise ConfigError(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from raytune_autotuner.engine.rules import SIMULATED_RULES, VLLM_RULES, FailureRule, LogRules, StageRule
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+from raytune_autotuner.study.masking import mask
 
 __all__ = [
     "SIMULATED_RULES",
@@ -154,20 +155,14 @@ def _parse(line: str) -> _Line:
     return _Line("" if source is None else f"{source[1]} {source[2]}", "" if level is None else level[1], text)
 
 
-_SECRETS = (
-    r"\b(?:hf|ghp|gho|github_pat)_\w{6,}|\bsk-[\w-]{8,}|\beyJ[\w-]{8,}\.[\w.-]+|\bAKIA[A-Z0-9]{12,}"
-    r"|(?<=[Bb]earer )\S+|(?<=[Bb]asic )[\w+/=]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-    r"|(?i:(?<=token=)|(?<=token: )|(?<=token': ')|(?<=api-key )|(?<=api_key=)|(?<=api_key': ')|(?<=api_key': \[')"
-    r"|(?<=password=)|(?<=secret=))[^\s'\",&]{6,}"
-)
 _TAIL = r" \[type=\w+, input_value=.*$"
 
 
 def _clean(text: str) -> str:
     """A line fit to be shown: one line, no control characters, no secrets, at most `EVIDENCE_LENGTH` characters."""
-    for pattern, instead in ((_ANSI, ""), (_CONTROL, ""), (_TAIL, ""), (_SECRETS, "***")):
-        text = re.sub(pattern, instead, text)
-    text = " ".join(text.split())
+    for pattern in (_ANSI, _CONTROL, _TAIL):
+        text = re.sub(pattern, "", text)
+    text = " ".join(mask(text).split())
     return text if len(text) <= EVIDENCE_LENGTH else text[: EVIDENCE_LENGTH - 1] + "…"
 
 

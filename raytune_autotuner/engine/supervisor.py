@@ -45,6 +45,7 @@ from raytune_autotuner.engine.processes import (
     sweep_orphans,
 )
 from raytune_autotuner.engine.protocol import ASIDE_S, SETTLE_S, STUCK_S, Aftermath, Cause, Channel, Spec
+from raytune_autotuner.study.masking import learn, mask_values, secrets_in
 
 _TICK_S = 0.5
 _BUSY_TICK_S = 0.1
@@ -78,6 +79,7 @@ class Supervisor:
         self._segments: set[Path] = set()
         self._owners = [process for process in (spec.owner, spec.raylet) if process is not None]
         self._unwatched: set[Process] = set()
+        learn(secrets_in(spec.env))
         self._gpus = GpuMemory(lock.removeprefix("gpu-") for lock in spec.locks if lock.startswith("gpu-"))
 
     def run(self) -> None:
@@ -360,7 +362,7 @@ class Supervisor:
         path = Path(self._spec.record_path)
         draft = path.with_suffix(".tmp")
         with suppress(OSError):
-            draft.write_text(json.dumps(record, indent=1) + "\n")
+            draft.write_text(json.dumps(mask_values(record), indent=1) + "\n")
             draft.replace(path)
 
 

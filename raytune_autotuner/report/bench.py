@@ -14,13 +14,13 @@ from typing import Any, TextIO
 
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.logs import LogWriter
-from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.status import LiveTrial
 from raytune_autotuner.report.wording import describe_params, format_number
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import Promise, promises
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.masking import mask
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 

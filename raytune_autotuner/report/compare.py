@@ -27,7 +27,7 @@ from raytune_autotuner.report.results import ResultsFolder, write_text
 from raytune_autotuner.report.wording import format_number, percent
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.space import format_value
+from raytune_autotuner.study.space import readable
 from raytune_autotuner.study.trial import State, TrialRow
 
 _NAVIGATION = {"outcome": "Outcome", "differences": "What differs", "settings": "Settings", "charts": "Charts"}
@@ -229,7 +229,7 @@ def _settings(comparison: Comparison) -> Markup:
 def _value(one: Evidence, name: str) -> str:
     if one.winner is None:
         return NONE
-    return format_value(one.winner.params[name]) if name in one.winner.params else one.before(name)
+    return readable(one.winner.params[name]) if name in one.winner.params else one.before(name)
 
 
 def _scores(comparison: Comparison) -> Chart:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_autotuner.study.space import describe, format_value
+from raytune_autotuner.study.space import describe, readable
 from raytune_autotuner.study.study import Study
 
 SCORE = "score"
@@ -42,7 +42,7 @@ def _facts(study: Study, versions: Mapping[str, Any]) -> dict[tuple[str, str], s
     """(About what, name) to text, of everything that a result rests on."""
     facts = {("model", "model"): study.model, ("engine", "kind"): study.engine.kind}
     facts |= {("engine", name): str(number) for name, number in dict(versions.get("engine") or {}).items()}
-    facts |= {("engine", name): format_value(value) for name, value in study.fixed.items()}
+    facts |= {("engine", name): readable(value) for name, value in study.fixed.items()}
     facts |= {("hardware", name): str(value) for name, value in dict(versions.get("machine") or {}).items()}
     facts |= {("hardware", "cluster"): str(versions.get("cluster", NONE))}
     facts |= _fields("hardware", study.resources.model_dump(mode="json"))
@@ -57,4 +57,4 @@ def _facts(study: Study, versions: Mapping[str, Any]) -> dict[tuple[str, str], s
 
 
 def _fields(about: str, values: dict[str, Any]) -> dict[tuple[str, str], str]:
-    return {(about, name): NONE if value is None else format_value(value) for name, value in values.items()}
+    return {(about, name): NONE if value is None else readable(value) for name, value in values.items()}

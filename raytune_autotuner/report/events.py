@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.status import LiveTrial
 from raytune_autotuner.report.verdict import best_with
 from raytune_autotuner.report.wording import describe_params, format_number, verification_of
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.masking import mask
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 

@@ -26,12 +26,12 @@ from raytune_autotuner.report.forms import (
     kubernetes_files,
     launch_line,
 )
-from raytune_autotuner.report.masking import is_secret, mask, mask_values
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict, study_verdict
 from raytune_autotuner.report.wording import describe_params, format_number, gain_of, interval
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.masking import is_secret, mask, mask_values
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from raytune_autotuner.report.masking import MASK
+from raytune_autotuner.report.wording import comment
+from raytune_autotuner.study.masking import MASK, assignment
 
 PORT = 8000
 SERVE = ("vllm", "serve")
@@ -79,8 +80,8 @@ def config_file(serving: Serving) -> str:
     """The file for `vllm serve --config`; the environment, which it cannot hold, as comments."""
     head = _commented(serving)
     if serving.env:
-        head += "# Set these in its environment first:\n"
-        head += "".join(f"#   {name}={shlex.quote(value)}\n" for name, value in serving.env.items())
+        assignments = [f"  {assignment(name, value)}" for name, value in serving.env.items()]
+        head += comment(["Set these in its environment first:", *assignments])
     return head + _yaml({"model": serving.model, "served-model-name": serving.served_name, **serving.config})
 
 
@@ -204,7 +205,7 @@ def _commented(serving: Serving) -> str:
         lines.append(f"Secrets, to be given where it runs: {', '.join(serving.secrets)}.")
     if any(MASK in part for part in (*serving.arguments, *serving.env.values())):
         lines.append(f"{MASK} stands for a secret, which was not kept: put it in again.")
-    return "".join(f"# {line}\n" for line in lines)
+    return comment(lines)
 
 
 def _shell(parts: Sequence[str]) -> str:
@@ -220,8 +221,8 @@ def _shell(parts: Sequence[str]) -> str:
 
 
 def _unexpanded(text: str) -> str:
-    """Kubernetes puts a variable in place of `$(NAME)`, and a `$(` in place of `$$(`."""
-    return text.replace("$(", "$$(")
+    """Kubernetes puts a variable in place of `$(NAME)`, and a `$` in place of `$$`."""
+    return text.replace("$", "$$")
 
 
 def _doubled(value: Any) -> Any:

@@ -16,11 +16,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import read_status
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
+from raytune_autotuner.study.masking import mask
 
 Which = Literal["trial", "engine", "load"]
 POLL_S = 0.2

@@ -27,11 +27,11 @@ import yaml
 from pydantic import BaseModel
 
 from raytune_autotuner.report.finalists import Contender
-from raytune_autotuner.report.masking import mask, mask_launch, mask_values
 from raytune_autotuner.report.verdict import Verdict, changes
-from raytune_autotuner.report.wording import describe_params, format_number, gain_of, interval, percent
+from raytune_autotuner.report.wording import comment, describe_params, format_number, gain_of, interval, percent
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.masking import assignment, mask, mask_values
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study, load_study
 from raytune_autotuner.study.trial import TrialResult, TrialRow
@@ -256,7 +256,7 @@ class ResultsFolder:
         """
         provenance = _provenance(study, row, baseline, self.path.name, answer)
         write_text(self.best_file, provenance + _engine_config(study, row.params, model))
-        script = f'#!/usr/bin/env bash\n{provenance}exec env {mask_launch(launch_line)} "$@"\n'
+        script = f'#!/usr/bin/env bash\n{provenance}exec env {mask(launch_line)} "$@"\n'
         write_text(self.launch_file, script, mode=0o755)
 
     def _objectives(self, rows: Sequence[TrialRow]) -> list[str]:
@@ -439,7 +439,7 @@ def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str
     lines += _worth_once(study, row, baseline) if chosen is None or answer is None else _worth_again(answer, chosen)
     if not (row.feasible if chosen is None else chosen.holds):
         lines.append("It does not meet every SLO of the study.")
-    return "".join(f"# {mask(line)}\n" for line in lines)
+    return comment(map(mask, lines))
 
 
 def _worth_once(study: Study, row: TrialRow, baseline: TrialRow | None) -> Iterator[str]:
@@ -467,8 +467,8 @@ def _engine_config(study: Study, params: Params, model: str) -> str:
     """The setting for the engine's `--config`; environment variables, which that file cannot hold, as comments."""
     setting = study.setting(params)
     env = {name.removeprefix("env:"): value for name, value in setting.items() if name.startswith("env:")}
-    lines = ["# Set these in its environment first:"] if env else []
-    lines += [mask_launch(f"{name}={format_value(value)}").join(("#   ", "")) for name, value in env.items()]
+    lines = ["Set these in its environment first:"] if env else []
+    lines += [f"  {mask(assignment(name, format_value(value)))}" for name, value in env.items()]
     config = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
     text = yaml.dump(mask_values({"model": model, **config}), Dumper=_PlainDumper, sort_keys=False, width=1000)
-    return "".join(f"{line}\n" for line in lines) + text
+    return comment(lines) + text

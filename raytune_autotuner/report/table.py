@@ -18,7 +18,7 @@ from rich.text import Text
 from raytune_autotuner.report.events import shown_metrics
 from raytune_autotuner.report.status import LiveTrial
 from raytune_autotuner.report.wording import format_number, verification_of
-from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.space import Params, readable
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -215,7 +215,7 @@ def _stage_column(rows: Sequence[TrialRow]) -> list[_Column]:
 def _parameter_column(name: str, fixed: Params, rank: int) -> _Column:
     def cell(row: TrialRow) -> str:
         value = row.params.get(name, fixed.get(name, _ABSENT))
-        return _NONE if value is _ABSENT else format_value(value)
+        return _NONE if value is _ABSENT else readable(value)
 
     return _Column(name, cell, rank, max_width=16)
 

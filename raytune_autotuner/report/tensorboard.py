@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_autotuner.report.events import promised_metrics
-from raytune_autotuner.report.masking import mask, mask_values
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict, best_with
 from raytune_autotuner.report.wording import contender_cells, verification_of
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.failure import Failure, Stage
+from raytune_autotuner.study.masking import mask, mask_values
 from raytune_autotuner.study.space import Choice, Parameter, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow

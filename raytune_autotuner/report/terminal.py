@@ -18,7 +18,6 @@ from rich.live import Live
 from rich.text import Text
 
 from raytune_autotuner.report.events import Events
-from raytune_autotuner.report.masking import mask_launch
 from raytune_autotuner.report.recheck import Recheck
 from raytune_autotuner.report.status import LiveTrial, format_duration, progress, time_left_s
 from raytune_autotuner.report.summary import failure_lines
@@ -26,7 +25,8 @@ from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far, changes
 from raytune_autotuner.report.wording import contender_cells, format_number
 from raytune_autotuner.score.pareto import scores_of
-from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.masking import mask
+from raytune_autotuner.study.space import Params, readable
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
@@ -313,12 +313,12 @@ def _changed(info: StudyInfo, verdict: Verdict) -> list[tuple[str, str]]:
 
 def _change(info: StudyInfo, name: str, value: object, width: int) -> str:
     if name in info.study.fixed:
-        was = f"was {format_value(info.study.fixed[name])}"
+        was = f"was {readable(info.study.fixed[name])}"
     elif name in info.defaults:
-        was = f"was {format_value(info.defaults[name])}, the engine's default"
+        was = f"was {readable(info.defaults[name])}, the engine's default"
     else:
         was = "was the engine's default"
-    return f"{name:<{width}}  {format_value(value)}  ({was})"
+    return f"{name:<{width}}  {readable(value)}  ({was})"
 
 
 def _failures(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
@@ -342,7 +342,7 @@ def _print_launch(console: Console, ending: Ending) -> None:
     """The lines to paste: last, alone, never wrapped, without colour or indentation."""
     if ending.launch is None:
         return
-    here, plain = (mask_launch(line) for line in ending.launch)
+    here, plain = (mask(line) for line in ending.launch)
     console.print(Text("serve it here:", style="bold"))
     console.print(Text(here), soft_wrap=True)
     if plain != here:

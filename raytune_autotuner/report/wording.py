@@ -5,20 +5,26 @@ What they say is decided in `verdict`; here it is only put into text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from raytune_autotuner.report.finalists import Contender, Targets
 from raytune_autotuner.score.comparison import MAX_RESTARTS, Comparison, TooNoisy
 from raytune_autotuner.score.pareto import scores_of
-from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.errors import printable
+from raytune_autotuner.study.space import Params, readable
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 
 _NONE = "-"
 
 
 def describe_params(params: Params) -> str:
-    """`{max-num-seqs: 8, block-size: 64}`."""
-    return "{" + ", ".join(f"{name}: {format_value(value)}" for name, value in params.items()) + "}"
+    """`{max-num-seqs: 8, block-size: 64}`: one line, whatever the values are."""
+    return "{" + ", ".join(f"{name}: {readable(value)}" for name, value in params.items()) + "}"
+
+
+def comment(texts: Iterable[str]) -> str:
+    """`texts` as comment lines of a shell script or of YAML, also with several lines or control characters in them."""
+    return "".join(f"# {printable(line)}\n" for text in texts for line in text.splitlines())
 
 
 def verification_of(row: TrialRow, restarts: int) -> str:

@@ -20,7 +20,10 @@ class AutotunerError(Exception):
 
 
 class ConfigError(AutotunerError):
-    """Wrong use: names the place, the value and what would be right, in one to three lines."""
+    """Wrong use: names the place, the value and what would be right, in one to three lines that are safe to print."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class StudyError(AutotunerError):
@@ -36,6 +39,15 @@ class TrialFailed(AutotunerError):
 
     def __reduce__(self) -> tuple[type[TrialFailed], tuple[Failure]]:
         return (TrialFailed, (self.failure,))
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line, with what a terminal would obey or not show written out.
+
+    >>> printable("two\nlines")
+    'two\\nlines'
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:

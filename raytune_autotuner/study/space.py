@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.errors import ConfigError, printable, shown
 from raytune_autotuner.study.expressions import Expression, parse_expression
 
 Params: TypeAlias = Mapping[str, Any]
@@ -197,7 +197,7 @@ def describe(distribution: Range | Choice) -> str:
     """
     if isinstance(distribution, Choice):
         more = ", …" if len(distribution.values) > _MAX_DESCRIBED else ""
-        return "choice of " + ", ".join(format_value(value) for value in distribution.values[:_MAX_DESCRIBED]) + more
+        return "choice of " + ", ".join(readable(value) for value in distribution.values[:_MAX_DESCRIBED]) + more
     low, high = (format_value(_typed(distribution, bound)) for bound in (distribution.low, distribution.high))
     extras = [f"step {format_value(distribution.step)}"] if distribution.step else []
     extras += ["log"] if distribution.log else []
@@ -211,6 +211,11 @@ def format_value(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return json.dumps(value, sort_keys=True)
+
+
+def readable(value: Any) -> str:
+    """A value as people read it: on one line, with nothing in it that a terminal would obey."""
+    return printable(format_value(value))
 
 
 def setting_key(params: Params) -> str:

@@ -30,10 +30,12 @@ from pydantic import (
 )
 
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.masking import is_secret, secrets_in
 from raytune_autotuner.study.space import SCHEMA, Params, SearchSpace, check_name, parse_space
 from raytune_autotuner.study.spaces import written_out
+from raytune_autotuner.study.trust import danger, exposes
 
-MAX_STUDY_BYTES = 1_000_000
+MAX_STUDY_BYTES = 250_000
 MAX_DEPTH = 20
 MAX_INTEGER = 2**63
 MAX_KEY_CHARACTERS = 200
@@ -45,6 +47,8 @@ _TRAFFIC = re.compile(
     r"D\(\s*\d{1,7}\s*,\s*\d{1,7}\s*\)"
     r"|[NU]\(\s*\d{1,7}\s*,\s*\d{1,7}\s*\)\s*/\s*\(\s*\d{1,7}\s*,\s*\d{1,7}\s*\)"
 )
+_ENGINES_OF_OURS = {"vllm", "simulated"}
+"""Kinds that name no program."""
 # Arguments that the autotuner itself gives to the engine.
 _RESERVED_ARGS = {"host", "port", "model", "served-model-name", "config", "api-key", "uds"}
 
@@ -126,6 +130,14 @@ class EngineSpec(_Model):
     search_weights: Literal["real", "dummy"] = "real"
     """`dummy`: trials of the search load no weights; finalists and baseline are verified on the real ones. See
     [search.md](search.md#a-search-without-weights)."""
+    trust_code: Annotated[bool, Field(strict=True)] = False
+    """Whether `args`, `env` and `search_space` may make the engine load or run other code; see
+    [security.md](security.md#what-a-study-file-can-do)."""
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the study says that it means code: in so many words, or by a kind that names its program itself."""
+        return self.trust_code or self.kind not in _ENGINES_OF_OURS
 
     @field_validator("python")
     @classmethod
@@ -398,6 +410,13 @@ class Study(_Model):
     resources: ResourceSpec = ResourceSpec()
     ray: RaySpec = RaySpec()
 
+    @field_validator("model")
+    @classmethod
+    def _no_flag(cls, value: str) -> str:
+        if value.startswith("-"):
+            raise ConfigError(f"model: {shown(value)} would be a flag to the engine; write a hub id, or ./ before it.")
+        return value
+
     @model_validator(mode="after")
     def _space_is_sound(self) -> Study:
         space = self.space  # raises ConfigError with the key in it
@@ -437,6 +456,36 @@ class Study(_Model):
             return self
         engine = self.engine.model_copy(update={"args": {**self.engine.args, "load-format": "dummy"}})
         return self.model_copy(update={"engine": engine})
+
+    @model_validator(mode="after")
+    def _gives_nothing_away(self) -> Study:
+        """No secret where others see it, and no code but where the study says that it means it."""
+        for where, name, value in self._given():
+            if name.startswith("env:") and is_secret(name) and where.startswith("search_space."):
+                raise ConfigError(f"{where}: a secret is no parameter: settings are shown. Write it under engine.env.")
+            if exposes(name, value):
+                raise ConfigError(
+                    f"{where}: holds a secret, which the process list would show to everyone on the machine.\n"
+                    "Give it to the engine as an environment variable: your own, or one under engine.env."
+                )
+            if not self.engine.trusts_code and (why := danger(name, value)):
+                raise ConfigError(
+                    f"{where}: {why}; got {shown(value)}.\n"
+                    "Leave it out; or, where you trust all of this study, add engine: {trust_code: true}."
+                )
+        return self
+
+    def _given(self) -> Iterator[tuple[str, str, Any]]:
+        """(key, name, value) of whatever reaches the engine."""
+        yield from ((f"engine.args.{name}", name, value) for name, value in self.engine.args.items())
+        yield from ((f"engine.env.{name}", f"env:{name}", value) for name, value in self.engine.env.items())
+        for parameter in self.space.parameters:
+            yield from ((f"search_space.{parameter.name}", parameter.name, value) for value in parameter.bounds)
+
+    @property
+    def secrets(self) -> set[str]:
+        """What nothing that is written may hold."""
+        return secrets_in(self.engine.env)
 
     @cached_property
     def space(self) -> SearchSpace:

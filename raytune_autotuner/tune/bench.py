@@ -20,11 +20,11 @@ from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.bench import Progress, as_values, render
-from raytune_autotuner.report.masking import MASK, mask_launch, mask_values
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import Phase, StudyStatus, write_status
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.masking import MASK, mask, mask_values
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study, only_setting
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
@@ -166,7 +166,7 @@ def _gpus(study: Study, engine: Engine, params: Params) -> list[str]:
 
 
 def _tell(study: Study, row: TrialRow, launch: str | None, folder: Path | None, as_json: bool) -> None:
-    launch = None if launch is None else mask_launch(launch)
+    launch = None if launch is None else mask(launch)
     if as_json:
         print(json.dumps(mask_values(as_values(study, row, launch, folder))))
     else:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_autotuner.report.masking import mask_values
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.score.slo import ends_at_first_miss
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame
+from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ ANSWER_S = 3.0
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _JOBS_FILES = "runtime_resources"
 """Names a folder in which Ray keeps what came with jobs."""
+LOOPBACK = "127.0.0.1"
 _ENVIRONMENT = {
     # A kill by Ray's memory monitor ends the whole study; without it the kernel ends one actor.
     "RAY_memory_monitor_refresh_ms": "0",
@@ -213,17 +214,18 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
     joined: dict[str, Any] = {"runtime_env": _travelling()}
     local: dict[str, Any] = {
         "include_dashboard": True,
-        "dashboard_host": "127.0.0.1",
+        "dashboard_host": LOOPBACK,
         "object_store_memory": OBJECT_STORE_BYTES,
         "num_cpus": num_cpus,
     }
     try:
-        context = ray.init(
-            address=address or "local",  # left out, Ray joins whatever `ray start` has left on this machine
-            logging_level=logging.CRITICAL,
-            log_to_driver=False,
-            **(local if address is None else joined),
-        )
+        with _on_loopback() if address is None or _host(address) == LOOPBACK else nullcontext():
+            context = ray.init(
+                address=address or "local",  # left out, Ray joins whatever `ray start` has left on this machine
+                logging_level=logging.CRITICAL,
+                log_to_driver=False,
+                **(local if address is None else joined),
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(_not_answering(address, str(error).splitlines()[0])) from error
     # Its errors are ours to tell, each once, with its trial.
@@ -234,6 +236,27 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
         yield Cluster(_living_nodes(), f"http://{url}" if url else None, here)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within, this machine is 127.0.0.1 to Ray: what it starts listens there alone, and there it joins.
+
+    Otherwise Ray takes the address by which others reach the machine, also where 127.0.0.1 is asked for, and its
+    services listen on all of them. The switch is the one by which it stays local on systems without Ray clusters.
+    """
+    from ray._private import ray_constants as constants
+
+    variable, clusters = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
+    before = os.environ.get(variable)
+    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _travelling() -> dict[str, Any]:
@@ -286,13 +309,19 @@ def _check_path(python: str) -> None:
 
 def _check_address(address: str | None) -> None:
     """Raise `ConfigError` where nothing listens at HOST:PORT; Ray itself would try again without end."""
-    host, colon, port = (address or "").rpartition(":")
-    if not colon or not port.isdecimal() or "/" in host:
+    host, port = _host(address), (address or "").rpartition(":")[2]
+    if host is None:
         return  # none, or a word that Ray itself understands, such as `auto`
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(_not_answering(address, getattr(error, "strerror", None) or str(error))) from error
+
+
+def _host(address: str | None) -> str | None:
+    """The host of HOST:PORT; None for an address of another form."""
+    host, colon, port = (address or "").rpartition(":")
+    return host if colon and port.isdecimal() and "/" not in host else None
 
 
 def _not_answering(address: str | None, why: str) -> str:

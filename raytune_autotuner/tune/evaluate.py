@@ -38,6 +38,7 @@ from raytune_autotuner.score.quality import Quality, judge, loss
 from raytune_autotuner.score.records import Phase, RequestRecord, duration_s
 from raytune_autotuner.study.errors import TrialFailed
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+from raytune_autotuner.study.masking import learn
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
@@ -92,6 +93,7 @@ class Evaluation:
         A failure is a result too, never an exception.
         """
         begun = time.monotonic()
+        learn(self.study.secrets)
         self.deadline = self.deadline or begun + self.study.trial.timeout_s
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._log = LogWriter(self.workdir / "trial.log")

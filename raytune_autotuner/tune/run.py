@@ -18,6 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.execution import class_cache
 
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.processes import sweep_orphans
@@ -33,6 +34,7 @@ from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_w
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.masking import is_secret, learn
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
@@ -80,6 +82,7 @@ def run_study(
     With `verifies` nothing is searched: the study's one setting and the baseline are measured again.
     Raises `ConfigError` before anything is started where the study cannot run on this machine or cluster.
     """
+    learn(study.secrets)
     check_study(study, results)
     before = unfinished_run(study, results.absolute()) if resume else None
     address = address_of(study, results)
@@ -273,6 +276,9 @@ class _Run:
 
     def _tuner(self, searcher: StudySearch) -> Tuner:
         study = self.study
+        name = study.study  # alone in what Ray Tune pickles into the results folder: a study holds secrets
+        # Ray Tune hands the driver's AWS keys on to its actors, in a command line that everyone can read.
+        class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not is_secret(n)}
         job = Job(study, self.folder.path.name, self.folder.trials_dir, self.monitor)
         trainable = tune.with_parameters(self.trainable, job=job)
         trainable.__name__ = trainable.__qualname__ = self.trainable.__name__  # as the Ray dashboard shows it
@@ -284,7 +290,7 @@ class _Run:
                 num_samples=-1,
                 metric=SCORE,
                 mode="max" if study.objective.direction == "maximize" else "min",
-                trial_name_creator=lambda trial: f"{study.study}-{trial.config['number']}",
+                trial_name_creator=lambda trial: f"{name}-{trial.config['number']}",
                 trial_dirname_creator=lambda trial: f"{trial.config['number']}-{trial.trial_id}",
                 reuse_actors=False,
             ),

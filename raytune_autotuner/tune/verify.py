@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_autotuner.engine import models
-from raytune_autotuner.report.masking import MASK
 from raytune_autotuner.report.recheck import Claim, claim_of
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.masking import MASK
 from raytune_autotuner.study.study import EngineSpec, Study, load_study, only_setting
 
 CHANGEABLE = ("model", "engine", "workload", "trial", "quality", "resources", "ray", "verify.restarts")

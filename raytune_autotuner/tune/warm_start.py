@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raytune_autotuner.report.masking import mask_values
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 

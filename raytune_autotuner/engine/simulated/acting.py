@@ -147,7 +147,8 @@ def _slow_start(fault: Fault) -> None:
 
 
 def _zombie_print(fault: Fault) -> None:
-    line = fault.text or "a simulated zombie still prints"
+    variable = fault.text.startswith("$")
+    line = os.environ.get(fault.text[1:], "") if variable else fault.text or "a simulated zombie still prints"
     threading.Thread(target=_print_for_ever, args=(line, fault.every, None), daemon=True).start()
 
 

@@ -100,7 +100,7 @@ class SimulatedEngine:
 
     def _command(self, params: Params, port: int) -> list[str]:
         program = [sys.executable, *_PROGRAM.split()[1:]]
-        address = ["--host", "127.0.0.1", "--port", str(port), "--model", self._study.model]
+        address = ["--host", "127.0.0.1", "--port", str(port), *flag("model", self._study.model)]
         return program + address + arguments(self._study.setting(params))
 
 

@@ -58,7 +58,7 @@ class Effect(StrEnum):
     IGNORE_TERM = "ignore-term"
     """SIGTERM has no effect from that stage on."""
     ZOMBIE_PRINT = "zombie-print"
-    """Prints `text` for ever from that stage on, every `every` seconds."""
+    """Prints `text`, or of `$NAME` the variable's value, for ever from that stage on, every `every` seconds."""
 
 
 KINDS: dict[Effect, Kind] = {

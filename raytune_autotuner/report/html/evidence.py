@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.report.finalists import Contender, contenders, started
-from raytune_autotuner.report.masking import mask_values
 from raytune_autotuner.report.recheck import Recheck, answer_of
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import StudyStatus, format_duration, read_status
 from raytune_autotuner.report.verdict import Verdict, baseline_of
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow

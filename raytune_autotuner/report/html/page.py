@@ -22,9 +22,9 @@ from raytune_autotuner.report.html.loads import TrialLoads
 from raytune_autotuner.report.html.markup import Markup, json_text, tag
 from raytune_autotuner.report.html.sections import chart_box, section
 from raytune_autotuner.report.html.trials import trials
-from raytune_autotuner.report.masking import mask_values
 from raytune_autotuner.report.results import ResultsFolder, write_text
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.masking import mask_values
 
 FILE = "report.html"
 _IMPORTANCES = ("importance-score", "importance-failing")

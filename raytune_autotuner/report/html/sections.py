@@ -12,10 +12,10 @@ from raytune_autotuner.report.finalists import Contender
 from raytune_autotuner.report.html.evidence import Evidence, unit_of
 from raytune_autotuner.report.html.figures import Chart, who
 from raytune_autotuner.report.html.markup import Markup, join, number_cell, number_head, table, tag
-from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.verdict import changes
 from raytune_autotuner.report.wording import contender_cells, format_number, percent
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.study.masking import mask
 from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.trial import State, TrialRow
 

@@ -10,9 +10,9 @@ from raytune_autotuner.report.events import promised_metrics
 from raytune_autotuner.report.html.evidence import Evidence, unit_of
 from raytune_autotuner.report.html.markup import Markup, join, tag
 from raytune_autotuner.report.html.sections import nothing, section
-from raytune_autotuner.report.masking import mask
 from raytune_autotuner.report.wording import format_number
 from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.study.masking import mask
 from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.trial import State, TrialRow
 
