@@ -50,6 +50,9 @@ def test_a_score_that_misses_an_slo_reaches_no_target_and_ends_no_plateau() -> N
     assert enough(study(plateau=1), rows(20, 30, violation=0.5)) is None
 
 
-def test_lost_and_interrupted_trials_break_no_row_of_failures() -> None:
-    failed, lost = rows(None, None, None), TrialRow(3, "3", "", {}, State.LOST)
-    assert enough(study(max_failures_in_a_row=3), [*failed[:2], lost, failed[2]]) is not None
+def test_interrupted_trials_break_no_row_of_failures_and_lost_ones_count() -> None:
+    failed = rows(None, None, None)
+    interrupted, lost = (TrialRow(3, "3", "", {}, state) for state in (State.INTERRUPTED, State.LOST))
+    assert enough(study(max_failures_in_a_row=3), [*failed[:2], interrupted, failed[2]]) is not None
+    assert "or were lost" in str(enough(study(max_failures_in_a_row=3), [*failed[:2], lost]))
+    assert enough(study(max_failures_in_a_row=3), [lost, lost, *rows(1.0), lost, lost]) is None

@@ -36,11 +36,16 @@ def stamp(at: datetime | None = None) -> str:
 
 
 class LogWriter:
-    """Appends stamped lines to one log file; close it, or use it as a context manager."""
+    """Appends stamped lines to one log file; close it, or use it as a context manager.
+
+    A disk that is full costs lines, never a trial or a study.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = -1
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write(self, stage: Stage | None, text: str, trial: int | None = None) -> None:
         """Append `text`, every line of it stamped; in the aggregate log with the number of its `trial`."""
@@ -67,7 +72,8 @@ class LogWriter:
     def _append(self, prefix: str, text: str) -> None:
         head = f"{stamp()} {prefix}"
         lines = mask(text).splitlines() or [""]
-        os.write(self._file, "".join(f"{head}{line}\n" for line in lines).encode("utf-8", "replace"))
+        with suppress(OSError):
+            os.write(self._file, "".join(f"{head}{line}\n" for line in lines).encode("utf-8", "replace"))
 
 
 def read_log(

@@ -272,10 +272,10 @@ def write_result(trial_dir: Path, result: TrialResult) -> None:
 
 
 def read_result(trial_dir: Path) -> TrialResult | None:
-    """What `write_result` wrote, or None where the trial left no result."""
+    """What `write_result` wrote, or None where the trial left no result that can be read."""
     try:
         return TrialResult.from_dict(json.loads((trial_dir / "result.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except OSError:
         return None
 
 
@@ -296,6 +296,12 @@ def append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def cut_half_line(path: Path) -> None:
+    """Take away what follows the last line end: a line that a full disk or a power cut left unfinished."""
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False, mode: int | None = None) -> None:
@@ -321,9 +327,10 @@ class atomically:
         return self._part
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._part.replace(self._path)
-        else:
+        try:
+            if kind is None:
+                self._part.replace(self._path)
+        finally:
             self._part.unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,13 +117,12 @@ class _EventFile:
     """The events of one run, in TensorBoard's own format.
 
     Kept until `flush` adds them to the file, which is open for no longer: TensorBoard's own writer holds a file and a
-    thread for each run, and a study may have a thousand at once.
+    thread for each run, and a study may have a thousand at once. A disk that is full costs curves, never a study.
     """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._waiting = io.BytesIO()
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -140,8 +140,10 @@ class _EventFile:
 
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, io.BytesIO()
-        with self._path.open("ab") as file:
-            file.write(waiting.getvalue())
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(waiting.getvalue())
 
     def _add(self, event: Any) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter

@@ -95,7 +95,6 @@ class Evaluation:
         begun = time.monotonic()
         learn(self.study.secrets)
         self.deadline = self.deadline or begun + self.study.trial.timeout_s
-        self.workdir.mkdir(parents=True, exist_ok=True)
         self._log = LogWriter(self.workdir / "trial.log")
         self._load_log = LogWriter(self.workdir / "load.log")
         self._records: list[RequestRecord] = []
@@ -355,6 +354,9 @@ class Evaluation:
 
     def _unexpected(self, error: Exception) -> Failure:
         evidence = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+            remedy = "Make room on the trial's disk, or its folder writable; the traceback is in trial.log."
+            return Failure(self.stage, Kind.UNKNOWN, Blame.ENVIRONMENT, evidence, remedy, self.share)
         return Failure(
             self.stage, Kind.UNKNOWN, Blame.PARAMETERS, evidence, "The traceback is in trial.log.", self.share
         )

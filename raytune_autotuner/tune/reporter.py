@@ -6,6 +6,7 @@ results folder take them from here. Knows neither Ray's nor Optuna's objects.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from raytune_autotuner.tune.standing import Standing
 SCORE = "score"
 """The metric's name in Ray Tune's results."""
 RESULT = "trial_result"
-"""Key of the whole `TrialResult` in a trial's last report to Ray Tune."""
+"""Key of the whole `TrialResult` in a trial's last report to Ray Tune: as JSON, for Ray Tune takes mappings apart."""
 MAX_NODES_LOST = 3
 """A setting that was lost with so many nodes is not run again: it may be what ends them."""
 
@@ -212,7 +213,7 @@ class TrialReporter:
 
     def _result(self, row: TrialRow, report: Mapping[str, Any] | None, standing: Standing) -> TrialResult:
         if report is not None and RESULT in report:
-            return TrialResult.from_dict(report[RESULT])
+            return TrialResult.from_dict(json.loads(report[RESULT]))
         seconds = {"total": standing.elapsed_s}
         bare = TrialResult(seconds=seconds, node=standing.node, hardware=standing.hardware)
         if row.trial_id in self._stopped:

@@ -17,7 +17,7 @@ import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
-from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, TuneError, Tuner
 from ray.tune.execution import class_cache
 
 from raytune_autotuner.engine.contract import Engine
@@ -26,14 +26,14 @@ from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.recheck import Claim, Recheck, answer_of, claim_notes, note_claim
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.results import ResultsFolder, cut_half_line
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.score.metrics import METRICS
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import ConfigError, StudyError
 from raytune_autotuner.study.masking import is_secret, learn
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
@@ -100,6 +100,10 @@ def run_study(
         try:
             run.search()
             return run.finish()
+        except (OSError, TuneError) as error:
+            if (cause := _error_of_a_file(error)) is None:
+                raise
+            raise StudyError(_cannot_write(folder, cause)) from error
         finally:
             watcher.close()
             run.end_monitor()
@@ -181,6 +185,7 @@ class _Run:
 
     def search(self) -> None:
         """Run trials until the searcher has enough of them."""
+        cut_half_line(self.folder.optuna_log)
         storage = JournalStorage(JournalFileBackend(str(self.folder.optuna_log)))
         drawn = sum(s.n_trials for s in optuna.get_all_study_summaries(storage))
         now, parent = versions(self.engine, self.cluster), self.folder.path.parent
@@ -399,6 +404,19 @@ class _Run:
         for event in self.events.since(rows, live):
             self.log.write(event.stage, event.text, event.trial)
         self.status = replace(self.status, updated_at=time.time(), live=tuple(live.values()))
+
+
+def _error_of_a_file(error: BaseException) -> OSError | None:
+    """What could not be written, behind an error of Ray Tune."""
+    cause: BaseException | None = error
+    while cause is not None and (not isinstance(cause, OSError) or isinstance(cause, ConnectionError)):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _cannot_write(folder: ResultsFolder, error: OSError) -> str:
+    why = f"{folder.path} cannot be written to: {error.strerror or error}."
+    return f"{why} So the study ends here; nothing that was measured is lost.\nMake room, and go on with --resume."
 
 
 @contextmanager

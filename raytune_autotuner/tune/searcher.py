@@ -71,6 +71,7 @@ class StudySearch(OptunaSearch):
         self._may_verify = may_verify
         self._refuse = refuse
         self._on_refused = on_refused
+        self._broken: Exception | None = None
         self._refused: set[str] = set()
         self._lessons = Lessons(study.space, defaults)
         self._finalists: list[TrialRow] = []
@@ -95,6 +96,8 @@ class StudySearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Any:
         """The next setting as a trial's config; None for not now, `Searcher.FINISHED` for never again."""
+        if self._broken is not None:
+            raise self._broken
         if len(self._reporter.live) >= self._slots():
             return None
         while self._may_start():
@@ -184,10 +187,15 @@ class StudySearch(OptunaSearch):
         if trial_id in self._completed_trials:
             return
         self._completed_trials.add(trial_id)
-        row = self._reporter.ended(trial_id, None if error else result)
+        try:
+            self._tell(self._reporter.ended(trial_id, None if error else result))
+        except Exception as broken:  # noqa: BLE001  Ray Tune keeps it to itself here, and the study would wait for ever
+            self._broken = broken
+
+    def _tell(self, row: TrialRow) -> None:
         if row.verifies is not None:
             return
-        self._teller.tell(self.ot_study, self._ot_trials.pop(trial_id), row)
+        self._teller.tell(self.ot_study, self._ot_trials.pop(row.trial_id), row)
         self._lessons.note(row)
         if self._reporter.to_retry(row):
             self._enqueue(row.params, name=row.name, retry_of=row.number)

@@ -12,20 +12,26 @@ from raytune_autotuner.study.trial import State, TrialRow
 def enough(study: Study, searched: Sequence[TrialRow]) -> str | None:
     """Why the search ends now, before its trials are used up; None where it goes on.
 
-    `searched` are the trials of the search by number; those that still run, were lost or interrupted do not count. One
-    that an earlier run has answered may be the best, but is none in a row.
+    `searched` are the trials of the search by number; those that still run or were interrupted do not count, lost ones
+    only as failures in a row. One that an earlier run has answered may be the best, but is none in a row.
     """
     ended = [row for row in searched if row.state.teaches]
+    over = [row for row in searched if row.counts or row.state is State.LOST]
     search, wanted = study.search, _wanted(study)
     if (target := search.target) is not None and any(_reaches(study, row, target) for row in ended):
         return f"the target is reached: {wanted} {target:g}"
     if (stale := _since_better(study, ended)) >= (search.plateau or len(ended) + 1):
         return f"{stale} trials in a row found nothing better (search.plateau)"
-    own = [row for row in reversed(ended) if row.counts]
-    failures = len(list(takewhile(lambda row: row.state is State.FAILED, own)))
+    failures = len(list(takewhile(lambda row: row.state in (State.FAILED, State.LOST), reversed(over))))
     if failures >= search.max_failures_in_a_row:
-        return f"{failures} trials in a row failed (search.max_failures_in_a_row)"
+        return f"{failures} trials in a row failed{_how_lost(over[-failures:])} (search.max_failures_in_a_row)"
     return None
+
+
+def _how_lost(failures: Sequence[TrialRow]) -> str:
+    """How many of them were no setting's fault: where it is the machine's, its trials are lost without end."""
+    lost = [row for row in failures if row.state is State.LOST]
+    return f" or were lost, the last one by {lost[-1].result.failure}" if lost else ""
 
 
 def _wanted(study: Study) -> str:

@@ -6,6 +6,7 @@ failures as results; those that kill it are found by the monitor and the reporte
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -136,7 +137,8 @@ class EngineTrial(tune.Trainable):
 
     def _last(self, result: TrialResult) -> dict[str, Any]:
         self._ask_monitor(self._job.monitor.release.remote(self.trial_id), default=None)
-        return {SCORE: _told(result.metrics, self._job.study.objective.metric), RESULT: result.to_dict(), "done": True}
+        score = _told(result.metrics, self._job.study.objective.metric)
+        return {SCORE: score, RESULT: json.dumps(result.to_dict()), "done": True}
 
 
 def _told(metrics: Mapping[str, float], name: str) -> float:
