@@ -253,8 +253,7 @@ def _init(arguments: argparse.Namespace) -> int:
         print(proposal.text, end="")
     else:
         _write(output, proposal.text)
-    there = ["--address", address] if address else []
-    print(summary(proposal, [_PROGRAM, shlex.quote(str(output or "STUDY.yaml")), *there]), file=sys.stderr)
+    print(summary(proposal, f"{_PROGRAM} {shlex.quote(str(output or 'STUDY.yaml'))}"), file=sys.stderr)
     return OK
 
 

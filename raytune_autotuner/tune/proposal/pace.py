@@ -45,7 +45,7 @@ class Pace:
     gpu_gib: float = 0.0
     scale: float = 1.0
     """What earlier runs took over what is guessed for them."""
-    told: str = "a guess, as no run of this model lies in --results"
+    told: str = "a guess, as no run of this model on such machines lies in --results"
 
     def loads_s(self, traffic: Traffic, concurrency: Sequence[int], requests: int) -> float:
         """So many requests at each level."""
@@ -71,7 +71,14 @@ class Pace:
 
 def pace_of(fit: Fit, results: Path) -> Pace:
     """The pace on the site's machines, held against what lies in `results`."""
-    return _corrected(_guess(fit), fit.model.name, results)
+    hardware = {host.hardware for host in fit.site.hosts}
+    trials = [
+        (study, row)
+        for study, rows in _earlier(fit.model.name, results)
+        for row in rows
+        if row.result.hardware in ("", *hardware)
+    ]
+    return _corrected(_guess(fit), trials, results)
 
 
 def _guess(fit: Fit) -> Pace:
@@ -83,8 +90,7 @@ def _guess(fit: Fit) -> Pace:
     return Pace(start_s, float(parameters), fit.site.on_gpus, float(devices), fit.site.smallest_gpu_gib or 0.0)
 
 
-def _corrected(guess: Pace, model: str, results: Path) -> Pace:
-    trials = [(study, row) for study, rows in _earlier(model, results) for row in rows]
+def _corrected(guess: Pace, trials: Sequence[tuple[Study, TrialRow]], results: Path) -> Pace:
     if not trials:
         return guess
     starts, ratios = [], []
