@@ -31,9 +31,10 @@ from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
+from raytune_autotuner.report.verdict import Verdict
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.score.metrics import METRICS
-from raytune_autotuner.study.errors import ConfigError, StudyError
+from raytune_autotuner.study.errors import AutotunerError, ConfigError, StudyError
 from raytune_autotuner.study.masking import is_secret, learn
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
@@ -260,11 +261,7 @@ class _Run:
         self.folder.write_rows(rows)
         answer = answer_of(self.folder, self.study, rows, self.engine.defaults())
         self.folder.write_verdict(answer)
-        lines = None
-        if answer.winner is not None:
-            lines = self.engine.launch_lines(answer.winner.params)
-            model = self.engine.config_model()
-            self.folder.write_best(self.study, answer.winner, answer.baseline, model, lines[0], answer)
+        lines = self._write_best(answer)
         self.board.verdict(answer)
         phase: Phase = "interrupted" if self.reporter.interrupted else "finished"
         self.log.write_study(f"{phase}: {answer.sentence}")
@@ -278,6 +275,18 @@ class _Run:
             return INTERRUPTED
         told = answer.holds if isinstance(answer, Recheck) else answer.winner
         return NO_RESULT if told is None else OK
+
+    def _write_best(self, answer: Verdict) -> tuple[str, str] | None:
+        """Keep the winner; returns how it is launched, None where there is no winner, or no node left to ask."""
+        if answer.winner is None:
+            return None
+        try:
+            lines, model = self.engine.launch_lines(answer.winner.params), self.engine.config_model()
+        except AutotunerError as error:
+            self.log.write_study(f"no launch line: {error}")
+            return None
+        self.folder.write_best(self.study, answer.winner, answer.baseline, model, lines[0], answer)
+        return lines
 
     def _tuner(self, searcher: StudySearch) -> Tuner:
         study = self.study
