@@ -36,7 +36,7 @@ START_S = 60.0
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
 # Its first process is a shell, which reaps what others leave to it.
 _BOOT = """
-hostname "$1"; shift
+hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/resolv.conf; shift 3
 while [ "$1" != -- ]; do mount -t tmpfs none "$1" || exit 1; shift; done; shift
 "$@" & wait $!
 """
@@ -191,7 +191,10 @@ class Network:
             folder.mkdir(parents=True, exist_ok=True)
         own = [f"--node-ip-address={address}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
-        shell = ["bash", "-c", _BOOT, "boot", name, *map(str, apart), "--"]
+        hosts, resolver = self._logs / f"{name}.hosts", self._logs / "resolv.conf"
+        hosts.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
+        resolver.touch()  # without a name server nobody waits for one's answer
+        shell = ["bash", "-c", _BOOT, "boot", name, str(hosts), str(resolver), *map(str, apart), "--"]
         log = self._logs / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
