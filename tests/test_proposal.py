@@ -252,7 +252,8 @@ def models(draw: st.DrawFn) -> Model:
             config[key] = draw(st.sampled_from([config[key], *sizes]))
     longest = draw(st.sampled_from([None, 16, 100, 2048, 131072]))
     guessed = draw(st.sampled_from([None, Weights(3 * 10**8), Weights(0, 7 * 10**9)]))
-    name = draw(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40))
+    characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    name = draw(st.text(characters, min_size=1, max_size=40).filter(lambda text: not text.startswith("-")))
     counted = memory.counted_weights(config)
     return Model(name, config, counted or guessed, longest, by_name=counted is None and draw(st.booleans()))
 
