@@ -390,3 +390,45 @@ def test_the_smallest_gpu_is_found_unless_one_does_not_tell(machine: Machine) ->
     machine.has(Device("GPU-a"), Device("GPU-b", memory_error=IS_LOST))
     code = "answer = [smallest_gib(names) for names in (['0'], ['GPU-a', '1'], ['7'], [])]"
     assert machine.ask(code) == [80, None, None, None]
+
+
+LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+REFUSE = """
+import json, sys
+from raytune_autotuner.engine.vllm import VllmEngine
+from raytune_autotuner.study.study import parse_study
+
+folder, python = sys.argv[1:]
+space = {"tensor-parallel-size": {"choice": [1, 8]}}
+study = {"study": "s", "model": folder, "engine": {"python": python}, "search_space": space}
+failures = [VllmEngine(parse_study({**study, "engine": {"python": python, "args": {"tensor-parallel-size": size}}}))
+            .refuse({}) for size in (1, 8)]
+print(json.dumps([None if failure is None else [failure.kind, failure.evidence] for failure in failures]))
+"""
+
+
+def test_what_the_gpus_of_this_machine_cannot_hold_is_refused(machine: Machine, tmp_path: Path) -> None:
+    machine.has(Device("GPU-a"))
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(LARGE))
+    python = tmp_path / "python"  # of an environment with the CUDA build: all that is asked of it here is what it has
+    python.write_text('#!/bin/sh\necho \'{"vllm": "0.32.0", "torch": "2.11.0"}\'\n')
+    python.chmod(0o755)
+    command = [sys.executable, "-c", REFUSE, str(tmp_path / "large"), str(python)]
+    env = {**os.environ, **machine.environment, "CUDA_VISIBLE_DEVICES": "0"}
+    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=60, cwd=ROOT)
+    alone, shared = json.loads(done.stdout)
+    assert alone[0] == "out-of-memory"
+    assert "80" in alone[1]
+    assert shared is None

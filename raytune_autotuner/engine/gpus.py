@@ -7,9 +7,11 @@ UUID. Where there is no NVML, or it does not know a GPU, that GPU is simply not 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeAlias
 
 TOLERANCE_MIB = 256
@@ -20,6 +22,13 @@ _POLL_S = 0.1
 _MIB = 2**20
 _NAME_BYTES = 96
 _LIBRARY = "libnvidia-ml.so.1"
+
+
+def gpus_here() -> list[str]:
+    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 def smallest_gib(gpus: Iterable[str]) -> float | None:

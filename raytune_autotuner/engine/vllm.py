@@ -23,6 +23,7 @@ import psutil
 from raytune_autotuner.engine import memory, models
 from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
+from raytune_autotuner.engine.gpus import gpus_here, smallest_gib
 from raytune_autotuner.engine.reading import VLLM_RULES, LogRules, diagnose
 from raytune_autotuner.engine.refusal import refusal
 from raytune_autotuner.engine.vllm_checker import PROBE, Verdict, VllmChecker
@@ -53,10 +54,10 @@ class VllmEngine:
     """vLLM serving one study's model with its fixed arguments."""
 
     def __init__(self, study: Study, gpu_memory_gib: float | None = None) -> None:
-        """`gpu_memory_gib`: of the smallest GPU that a trial may get; None where nobody knows."""
+        """`gpu_memory_gib`: of the smallest GPU that a trial may get; None for that of this machine."""
         self._study = study
         self._python = str(study.engine.python or sys.executable)
-        self._gpu_memory_gib = gpu_memory_gib
+        self._given_gpu_gib = gpu_memory_gib
         self._answer: dict[str, Any] | None = None
         self._doubted = False
 
@@ -171,10 +172,14 @@ class VllmEngine:
             return None
         need = memory.demand(self._config, self._weights, setting)
         if self.uses_gpus:
-            size = None if self._gpu_memory_gib is None else self._gpu_memory_gib * memory.GIB
+            size = None if self._gpu_gib is None else self._gpu_gib * memory.GIB
         else:  # swap counts: slow is not impossible
             size = psutil.virtual_memory().total + psutil.swap_memory().total
         return memory.shortage(need, setting, size, on_cpu=not self.uses_gpus)
+
+    @cached_property
+    def _gpu_gib(self) -> float | None:
+        return smallest_gib(gpus_here()) if self._given_gpu_gib is None else self._given_gpu_gib
 
     @cached_property
     def _config(self) -> dict[str, Any] | None:

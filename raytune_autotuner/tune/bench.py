@@ -18,6 +18,7 @@ from pathlib import Path
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.gpus import gpus_here
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.bench import Progress, as_values, render
 from raytune_autotuner.report.results import ResultsFolder
@@ -29,7 +30,7 @@ from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study, only_setting
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
 from raytune_autotuner.tune.checks import check_measurement
-from raytune_autotuner.tune.cluster import gpus_here, this_machine
+from raytune_autotuner.tune.cluster import this_machine
 from raytune_autotuner.tune.evaluate import Evaluation
 from raytune_autotuner.tune.versions import versions
 

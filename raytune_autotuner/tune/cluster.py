@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.gpus import gpus_here
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import ResourceSpec, Study
@@ -189,13 +190,6 @@ def address_of(study: Study, results: Path) -> str | None:
 def this_machine() -> Cluster:
     """What Ray would find here, without starting it."""
     return Cluster((Node(float(len(os.sched_getaffinity(0))), float(len(gpus_here()))),), None)
-
-
-def gpus_here() -> list[str]:
-    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 @contextmanager

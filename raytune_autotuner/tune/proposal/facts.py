@@ -23,11 +23,12 @@ import psutil
 from raytune_autotuner.engine import gpus, memory, models
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.engine.gpus import gpus_here
 from raytune_autotuner.engine.machine import hardware
 from raytune_autotuner.engine.memory import GIB, Weights
 from raytune_autotuner.study.errors import AutotunerError, ConfigError, shown
 from raytune_autotuner.study.study import EngineSpec, Study, parse_study
-from raytune_autotuner.tune.cluster import Cluster, gpus_here, running_cluster
+from raytune_autotuner.tune.cluster import Cluster, running_cluster
 
 LOOK_S = 60.0
 """So long a node may take to tell what it has."""
