@@ -44,7 +44,7 @@ class Cache:
 
     def __str__(self) -> str:
         runs = len({answer.source.rpartition(" of ")[2] for answer in self.answers.values()})
-        return f"{len(self.answers)} settings are known from {runs} earlier runs"
+        return f"{len(self.answers)} settings are known from {runs} earlier run{'' if runs == 1 else 's'}"
 
 
 EMPTY = Cache({})
