@@ -20,15 +20,17 @@ from raytune_autotuner.study.errors import AutotunerError, ConfigError
 from raytune_autotuner.study.masking import mask
 
 if TYPE_CHECKING:
+    from raytune_autotuner.report.store import Store
     from raytune_autotuner.study.study import Study
 
 OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_RESULTS = "results"
 _PROGRAM = "python -m raytune_autotuner"
 _FORMS = ("vllm", "yaml", "docker", "compose", "k8s")
 _EPILOG = """\
 exit codes:
   0    done
-  1    the study ended without a usable result
+  1    the study ended without a usable result, or its results never came to the store that they belong in
   2    wrong use, nothing was started
   130  interrupted; what was measured is kept
 
@@ -69,18 +71,18 @@ def _run(arguments: argparse.Namespace) -> int:
     study = _load(arguments, _address(arguments))
     from raytune_autotuner.tune.run import run_study
 
-    return run_study(study, arguments.results, resume=arguments.resume, verbose=arguments.verbose)
+    return run_study(study, _results(arguments, study), resume=arguments.resume, verbose=arguments.verbose)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import open_run
     from raytune_autotuner.tune.run import run_study
     from raytune_autotuner.tune.verify import study_to_verify
 
-    earlier = ResultsFolder.open(arguments.earlier)
+    earlier = open_run(arguments.earlier, trials="")
     overrides = [*arguments.set, *_address(arguments)]
     study, verifies = study_to_verify(earlier, arguments.trial, arguments.restarts, overrides)
-    results = arguments.results or earlier.path.parent
+    results = arguments.results or earlier.parent
     return run_study(study, results, resume=arguments.resume, verbose=arguments.verbose, verifies=verifies)
 
 
@@ -93,7 +95,7 @@ def _check(arguments: argparse.Namespace) -> int:
     study = _load(arguments)
     from raytune_autotuner.tune.explain import explain, render
 
-    explained = explain(study, arguments.results)
+    explained = explain(study, _results(arguments, study))
     print(json.dumps(explained.to_dict()) if arguments.json else render(explained))
     return OK
 
@@ -110,7 +112,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"bench needs a study file, or a trial to repeat: {_PROGRAM} bench --trial RESULTS N")
     study = _load_study(arguments.study or start.study_file, arguments.set)
     params = {**start.params, **read_params(arguments.param)}
-    return run_bench(study, params, arguments.results, restart=start.restart, as_json=arguments.json)
+    return run_bench(study, params, _results(arguments, study), restart=start.restart, as_json=arguments.json)
 
 
 def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Study:
@@ -127,24 +129,35 @@ def _load_study(file: Path, overrides: Sequence[str]) -> Study:
     return study.model_copy(update={"model": models.absolute(study.model)})
 
 
+def _results(arguments: argparse.Namespace, study: Study) -> Path | Store:
+    """Where the study's runs lie: as the command line says, or the study, or in `results`."""
+    return arguments.results or _place(study.results or DEFAULT_RESULTS)
+
+
+def _place(text: str) -> Path | Store:
+    from raytune_autotuner.report.store import place
+
+    return place(text)
+
+
 def _logs(arguments: argparse.Namespace) -> int:
     from raytune_autotuner.report.logs import Which, read_log
-    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import folders_of, open_run
 
     which: Which = "engine" if arguments.engine else "load" if arguments.load else "trial"
     if arguments.trial is None and which != "trial":
         raise ConfigError(f"--{which} needs a trial's number: {_PROGRAM} logs RESULTS TRIAL --{which}")
-    folder = ResultsFolder.open(arguments.results)
+    folder = open_run(arguments.results, folders_of(arguments.trial))
     for line in read_log(folder, arguments.trial, which=which, since=arguments.since, follow=arguments.follow):
         print(line, flush=arguments.follow)
     return OK
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import open_run
     from raytune_autotuner.report.summary import render_status
 
-    print(render_status(ResultsFolder.open(arguments.results)))
+    print(render_status(open_run(arguments.results, trials="")))
     return OK
 
 
@@ -175,9 +188,11 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 def _clean(arguments: argparse.Namespace) -> int:
     from raytune_autotuner.engine.processes import sweep_orphans
     from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import kept_in
 
     ended = sweep_orphans()
-    runs = ResultsFolder.runs(arguments.results)
+    place = arguments.results if isinstance(arguments.results, Path) else kept_in(arguments.results)
+    runs = ResultsFolder.runs(place)
     sizes = {run.path: sum(f.stat().st_size for f in run.path.rglob("*") if f.is_file()) for run in runs}
     if arguments.json:
         answer = {"ended": [pid for pid, _ in ended], "results": {str(path): size for path, size in sizes.items()}}
@@ -186,16 +201,17 @@ def _clean(arguments: argparse.Namespace) -> int:
     print(f"{len(ended)} left-over process{'' if len(ended) == 1 else 'es'} ended.")
     for path, size in sizes.items():
         print(f"{size / 1e6:10.1f} MB  {path}")
-    total = f"{sum(sizes.values()) / 1e6:10.1f} MB  in {len(sizes)} runs under {arguments.results}"
+    total = f"{sum(sizes.values()) / 1e6:10.1f} MB  in {len(sizes)} runs under {place}"
     print(f"{total}; delete what you do not need.")
     return OK
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from raytune_autotuner.report.html.page import write_report
-    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import bring_back, open_run
 
-    print(write_report(ResultsFolder.open(arguments.results)))
+    folder = open_run(arguments.results)
+    print(bring_back(folder, write_report(folder)))
     return OK
 
 
@@ -203,9 +219,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from raytune_autotuner.report.compare import compare, terminal_table, write_comparison
-    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import open_run
 
-    comparison = compare([ResultsFolder.open(path) for path in arguments.results])
+    comparison = compare([open_run(place) for place in arguments.results])
     if arguments.output is not None:
         write_comparison(comparison, arguments.output)
     if arguments.json:
@@ -218,9 +234,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from raytune_autotuner.engine.flags import arguments as as_flags
     from raytune_autotuner.report.export import export
-    from raytune_autotuner.report.results import ResultsFolder
+    from raytune_autotuner.report.runs import open_run
 
-    folder = ResultsFolder.open(arguments.results)
+    folder = open_run(arguments.results)
     options = {"number": arguments.trial, "image": arguments.image}
     print(export(folder, arguments.format, as_flags=as_flags, **options), end="")
     return OK
@@ -314,9 +330,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands.add_parser("bench", help="measure one setting by hand, as a trial is, without a search"))
     _add_logs(commands.add_parser("logs", help="read the logs of a study or of one trial"))
     status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
-    status.add_argument("results", type=Path, metavar="RESULTS")
+    status.add_argument("results", type=_place, metavar="RESULTS")
     report = commands.add_parser("report", help="write report.html again, also for a study that runs or was killed")
-    report.add_argument("results", type=Path, metavar="RESULTS")
+    report.add_argument("results", type=_place, metavar="RESULTS")
     _add_compare(commands.add_parser("compare", help="several studies side by side: what differs, what each came to"))
     _add_export(commands.add_parser("export", help="the winner, or any trial, for where it is served"))
     commands.add_parser("schema", help="the study file as a JSON schema, for editors")
@@ -325,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--exit-code", type=int, help="of the engine, negative or above 128 for a signal")
     diagnose.add_argument("--json", action="store_true")
     clean = commands.add_parser("clean", help="end what a crash left running; say what old results weigh")
-    clean.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
+    clean.add_argument("--results", type=_place, default=Path(DEFAULT_RESULTS), metavar="PLACE")
     clean.add_argument("--json", action="store_true")
     return parser
 
@@ -337,7 +353,8 @@ def _add_study(command: argparse.ArgumentParser) -> None:
 
 
 def _add_changes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="parent of runs' folders")
+    where = "parent of runs' folders: a folder, or a URI of s3, gs or file; default: results"
+    command.add_argument("--results", type=_place, metavar="PLACE", help=where)
     command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a study's key")
 
 
@@ -355,10 +372,12 @@ that could not be told; 2: nothing was started, as when the engine no longer kno
 
 def _add_verify(verify: argparse.ArgumentParser) -> None:
     verify.description = _VERIFY
-    verify.add_argument("earlier", type=Path, metavar="RESULTS", help="folder of the earlier run; it is only read")
+    verify.add_argument("earlier", type=_place, metavar="RESULTS", help="folder of the earlier run; it is only read")
     verify.add_argument("--trial", type=int, metavar="N", help="another setting than the winner")
     verify.add_argument("--restarts", type=int, metavar="N", help="engine starts of each setting; default: the study's")
-    verify.add_argument("--results", type=Path, metavar="DIR", help="parent of the new folder; default: beside RESULTS")
+    verify.add_argument(
+        "--results", type=_place, metavar="PLACE", help="parent of the new folder; default: beside RESULTS"
+    )
     verify.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="model, engine, load, ...")
     _add_how_to_run(verify, "the newest unfinished one that verifies the same")
 
@@ -408,17 +427,17 @@ def _add_init(init: argparse.ArgumentParser) -> None:
     init.add_argument("--output", type=Path, metavar="FILE", help="a new file; default: standard output")
     init.add_argument("--address", metavar="A", help="of a running Ray cluster, whose nodes the study is to fit")
     results = "where runs leave their folders: earlier ones of the model tell how long a trial takes"
-    init.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help=results)
+    init.add_argument("--results", type=_place, default=Path(DEFAULT_RESULTS), metavar="PLACE", help=results)
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
-    compare.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
+    compare.add_argument("results", type=_place, nargs="+", metavar="RESULTS")
     compare.add_argument("--output", type=Path, metavar="FILE", help="write a page with charts, too")
     compare.add_argument("--json", action="store_true")
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
-    export.add_argument("results", type=Path, metavar="RESULTS")
+    export.add_argument("results", type=_place, metavar="RESULTS")
     export.add_argument("--trial", type=int, metavar="N", help="another setting than the winner")
     form = "launch line, vLLM's --config file, docker run, Compose file, Kubernetes Deployment and Service"
     export.add_argument("--format", choices=_FORMS, default="vllm", help=form)
@@ -426,7 +445,7 @@ def _add_export(export: argparse.ArgumentParser) -> None:
 
 
 def _add_logs(logs: argparse.ArgumentParser) -> None:
-    logs.add_argument("results", type=Path, metavar="RESULTS")
+    logs.add_argument("results", type=_place, metavar="RESULTS")
     logs.add_argument("trial", type=int, nargs="?", metavar="TRIAL")
     logs.add_argument("--engine", action="store_true", help="the engine's own log")
     logs.add_argument("--load", action="store_true", help="the load client's log")

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +62,16 @@ def ray_address() -> Iterator[str]:
         yield process.stdout.readline().strip()
         del os.environ["RAY_AUTH_MODE"]
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3 server on this machine, with its keys in the environment."""
+    from tests.s3_server import KEYS, S3Server  # here, as it takes seconds to import
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in KEYS.items():
+            environment.setenv(name, value)
+        server = S3Server("studies")
+        yield server
+        server.close()

@@ -1,16 +1,21 @@
-"""Trials on another node that shares no path with the driver's: their files come back, also of those that were killed.
+"""Trials on another node that shares no path with the driver's: their files come back, also of those that were killed,
+and of a node that is lost as far as they had been written some seconds before.
 
 The other node is a second Ray node on this machine, in a mount namespace of its own, where an empty file system lies
-over the results folder.
+over the folder of the results.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,20 +37,38 @@ def can_make_namespaces() -> bool:
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.fixture
-def far_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A cluster whose only CPUs are on a node that does not see `tmp_path`/results."""
+@dataclass(frozen=True)
+class FarNode:
+    """A node that holds all CPUs of its cluster and does not see the results folder."""
+
+    address: str
+    process: subprocess.Popen[str]
+    home: Path
+
+    def study(self, name: str, **changes: Any) -> Path:
+        """A study file in a folder of its own."""
+        (self.home / name).mkdir()
+        return write_study(self.home / name, **changes)
+
+    def lose(self) -> None:
+        """End it, with all that is in its namespace, and all that was written there."""
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarNode]:
+    """A cluster whose only CPUs are on a node that does not see `home`, where its studies and results are."""
     if not can_make_namespaces():
         pytest.skip("mount namespaces cannot be made here (unshare --mount)")
-    results = tmp_path / "results"
-    results.mkdir()
+    home = tmp_path_factory.mktemp("home")
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}
     with subprocess.Popen(
         [sys.executable, "-c", _HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as head:
         assert head.stdout is not None
         address = head.stdout.readline().strip()
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        os.environ["RAY_AUTH_MODE"] = "token"
         node = subprocess.Popen(
             [
                 "unshare",
@@ -57,7 +80,7 @@ def far_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
                 "bash",
                 "-c",
                 _NODE,
-                str(results),
+                str(home),
                 sys.executable,
                 address,
             ],
@@ -72,24 +95,25 @@ def far_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
             while (line := node.stdout.readline()) and "Ray runtime started" not in line:
                 said.append(line)
             assert node.poll() is None, "".join(said)
-            yield address
+            yield FarNode(address, node, home)
         finally:
             node.kill()  # and, by --kill-child, all that is in its namespace
             node.communicate(timeout=30)
             Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # by which others would join it
             head.communicate()
+            del os.environ["RAY_AUTH_MODE"]
 
 
-def test_files_come_back_from_another_node_also_of_a_killed_trial(tmp_path: Path, far_address: str) -> None:
-    study = write_study(
-        tmp_path,
+def test_files_come_back_from_another_node_also_of_a_killed_trial(far: FarNode) -> None:
+    study = far.study(
+        "killed",
         search_space={"fault": {"choice": ["none", "hang@initialization"]}},
         engine={"args": {"fault": "none"}},
         search={"trials": 2, "points": [{"fault": "hang@initialization"}]},
         trial={"timeout_s": 20, "hung_after_s": 3},
     )
     done = subprocess.run(
-        command(study, "--address", far_address), capture_output=True, text=True, timeout=200, check=False
+        command(study, "--address", far.address), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     folder = only_run(study)
@@ -100,3 +124,25 @@ def test_files_come_back_from_another_node_also_of_a_killed_trial(tmp_path: Path
         assert {"trial.log", "engine.log", "command.json"} <= {path.name for path in there.iterdir()}
         assert last in (there / "trial.log").read_text()
     assert (folder.find_trial_dir(0) / "requests.parquet").is_file()
+
+
+def test_logs_come_while_a_trial_runs_and_stay_when_its_node_is_lost(far: FarNode) -> None:
+    study = far.study(  # the last test here, as no node is left after it
+        "lost", engine={"args": {"fault": "hang@initialization"}}, trial={"timeout_s": 300, "hung_after_s": 200}
+    )
+    with subprocess.Popen(command(study, "--address", far.address), stdout=subprocess.DEVNULL) as driver:
+        until = time.monotonic() + 120
+        while not (logs := [*study.parent.glob("results/*/trials/0-*/engine.log")]) or "[initialization]" not in (
+            logs[0].read_text()
+        ):
+            assert driver.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert [row.state for row in only_run(study).read_rows()] == []  # it runs: no trial has ended
+        written = logs[0].read_text()
+        far.lose()
+        driver.send_signal(signal.SIGINT)
+        driver.wait(timeout=100)
+    assert logs[0].read_text().startswith(written)
+    there = {path.name for path in only_run(study).find_trial_dir(0).iterdir()}
+    assert {"trial.log", "engine.log", "command.json"} <= there

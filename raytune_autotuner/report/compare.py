@@ -122,7 +122,7 @@ def _names(studies: Sequence[Evidence]) -> tuple[str, ...]:
     ways: tuple[Callable[[Evidence], str], ...] = (
         lambda one: one.study.study,
         lambda one: one.folder.path.name,
-        lambda one: str(one.folder.path),
+        lambda one: one.folder.place,
     )
     for way in ways:
         names = tuple(way(one) for one in studies)
@@ -159,7 +159,7 @@ def _plain(name: str, evidence: Evidence) -> dict[str, Any]:
     winner = evidence.winner
     return {
         "study": name,
-        "results": str(evidence.folder.path),
+        "results": evidence.folder.place,
         "standing": evidence.standing,
         "metric": evidence.study.objective.metric,
         "baseline": _mean(evidence, evidence.baseline),

@@ -110,7 +110,7 @@ def _winner(folder: ResultsFolder, answer: Verdict) -> int:
     written = folder.read_verdict()
     number: int | None = written["winner"] if written else None if answer.winner is None else answer.winner.number
     if number is None:
-        raise ConfigError(f"{folder.path}: nothing was measured, so there is no winner. Name one with --trial N.")
+        raise ConfigError(f"{folder.place}: nothing was measured, so there is no winner. Name one with --trial N.")
     return number
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.runs import folders_of, keep_fresh
 from raytune_autotuner.report.status import read_status
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
@@ -91,7 +92,7 @@ def read_log(
     path = _log_path(folder, trial, which)
     if not follow and not path.is_file():
         raise ConfigError(_missing(path))
-    lines = follow_lines(path, _study_ended(folder)) if follow else _history(path)
+    lines = follow_lines(path, _study_ended(folder, trial)) if follow else _history(path)
     since = parse_since(since) if isinstance(since, str) else since
     return (mask(line) for line in _after(lines, since))
 
@@ -194,7 +195,7 @@ def _log_path(folder: ResultsFolder, trial: int | None, which: Which) -> Path:
     if trial is not None:
         return folder.find_trial_dir(trial) / f"{which}.log"
     if which != "trial":
-        raise ConfigError(f"--{which} is a trial's log: name the trial too, such as `logs {folder.path} 3 --{which}`.")
+        raise ConfigError(f"--{which} is a trial's log: name the trial too, such as `logs {folder.place} 3 --{which}`.")
     return folder.study_log
 
 
@@ -203,8 +204,11 @@ def _missing(path: Path) -> str:
     return f"{path}: there is no such log (yet). There: {', '.join(there) or 'no log at all'}."
 
 
-def _study_ended(folder: ResultsFolder) -> Callable[[], bool]:
+def _study_ended(folder: ResultsFolder, trial: int | None) -> Callable[[], bool]:
+    refresh = keep_fresh(folder, folders_of(trial))
+
     def ended() -> bool:
+        refresh()
         status = read_status(folder)
         return status is not None and not status.driver_alive
 

@@ -191,14 +191,14 @@ def _claimed(folder: ResultsFolder, answer: Verdict, written: Mapping[str, Any] 
     winner = written["winner"] if written else None if answer.winner is None else answer.winner.number
     wanted = winner if number is None else number
     if wanted is None:
-        raise ConfigError(f"{folder.path}: has no winner to verify: {answer.sentence}\nName a setting with --trial N.")
+        raise ConfigError(f"{folder.place}: has no winner to verify: {answer.sentence}\nName a setting with --trial N.")
     row = folder.read_row(wanted)
     if row.verifies is not None:
         raise ConfigError(f"--trial {number}: is a restart of trial {row.verifies}; write --trial {row.verifies}.")
     if row.name == BASELINE:
         why = "are what every setting is held against" if number is not None else "are what it recommends"
         raise ConfigError(
-            f"{folder.path}: there is nothing to verify: the defaults {why}.\nName another setting with --trial N."
+            f"{folder.place}: there is nothing to verify: the defaults {why}.\nName another setting with --trial N."
         )
     return row
 

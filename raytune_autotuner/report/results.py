@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +27,7 @@ import yaml
 from pydantic import BaseModel
 
 from raytune_autotuner.report.finalists import Contender
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.verdict import Verdict, changes
 from raytune_autotuner.report.wording import comment, describe_params, format_number, gain_of, interval, percent
 from raytune_autotuner.score.pareto import scores_of
@@ -36,6 +37,8 @@ from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study, load_study
 from raytune_autotuner.study.trial import TrialResult, TrialRow
 
+TRIALS = "trials"
+"""The folder of the trials' folders."""
 SUGGESTION = "trial.json"
 """A trial's row as it was suggested, in its folder: what is known of one until it has ended."""
 _RUN_NAME = re.compile(r"(?P<study>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<n>\d+))?")
@@ -53,14 +56,17 @@ class ResultsFolder:
     """One study run on disk. `create` makes it, `open` finds it again."""
 
     path: Path
+    store: Store | None = None
+    """Where it belongs, if not here; see `mirror`."""
 
     @classmethod
-    def create(cls, parent: Path, study: Study, ending: str = "") -> ResultsFolder:
+    def create(cls, parent: Path, study: Study, ending: str = "", taken: Container[str] = ()) -> ResultsFolder:
         """A new folder under `parent`, with the study as it is run; raises `ConfigError` where it cannot be made.
 
-        With an `ending` to its name it is no run of the study, and `runs` does not list it.
+        With an `ending` to its name it is no run of the study, and `runs` does not list it. The name is none of those
+        that are `taken`.
         """
-        folder = cls(_make_unique(parent, f"{study.study}-{datetime.now():%Y%m%d-%H%M%S}{ending}"))
+        folder = cls(_make_unique(parent, f"{study.study}-{datetime.now():%Y%m%d-%H%M%S}{ending}", taken))
         folder.trials_dir.mkdir()
         folder.write_study(study)
         return folder
@@ -80,12 +86,19 @@ class ResultsFolder:
     @classmethod
     def runs(cls, parent: Path, study: str | None = None) -> list[ResultsFolder]:
         """The runs in `parent` (of one study, if named), oldest first."""
-        found = []
-        for entry in parent.iterdir() if parent.is_dir() else ():
-            match = _RUN_NAME.fullmatch(entry.name)
-            if match and study in (None, match["study"]) and (entry / "study.yaml").is_file():
-                found.append((match["time"], int(match["n"] or 1), entry.absolute()))
-        return [cls(entry) for _, _, entry in sorted(found)]
+        names = order_runs((entry.name for entry in parent.iterdir()) if parent.is_dir() else (), study)
+        found = [cls(parent.absolute() / name) for name in names]
+        return [run for run in found if run.study_file.is_file()]
+
+    @property
+    def parent(self) -> Path | Store:
+        """Where its sister runs lie."""
+        return self.path.parent if self.store is None else self.store.parent
+
+    @property
+    def place(self) -> str:
+        """Where people look for it: the store that it is brought to or was fetched from, or its path."""
+        return str(self.store or self.path)
 
     @property
     def study_file(self) -> Path:
@@ -150,7 +163,7 @@ class ResultsFolder:
     @property
     def trials_dir(self) -> Path:
         """A folder a trial."""
-        return self.path / "trials"
+        return self.path / TRIALS
 
     def trial_dir(self, number: int, trial_id: str) -> Path:
         """The trial's own folder; made by whoever writes first."""
@@ -162,7 +175,7 @@ class ResultsFolder:
             return found[0]
         known = sorted(int(entry.name.split("-")[0]) for entry in self.trials_dir.glob("[0-9]*-*"))
         have = f"It has trials {known[0]} to {known[-1]}." if known else "No trial has started yet."
-        raise ConfigError(f"{self.path}: there is no trial {number}. {have}")
+        raise ConfigError(f"{self.place}: there is no trial {number}. {have}")
 
     def write_study(self, study: Study) -> None:
         """Replace `study.yaml`."""
@@ -206,10 +219,14 @@ class ResultsFolder:
 
     def read_rows(self) -> list[TrialRow]:
         """All trials by number: as they ended, those that have not ended as they were suggested."""
+        ended = {row.number: row for row in self.read_ended()}
+        return sorted([*ended.values(), *self._suggested(ended)], key=lambda row: row.number)
+
+    def read_ended(self) -> Iterator[TrialRow]:
+        """The trials that have ended, in the order in which they did; see `add_row`."""
         lines = self.rows_file.read_bytes().split(b"\n") if self.rows_file.exists() else [b""]
         # After the last line end comes half a line: of a driver that was killed, or that is writing it.
-        ended = {row.number: row for row in (TrialRow.from_dict(json.loads(line)) for line in lines[:-1])}
-        return sorted([*ended.values(), *self._suggested(ended)], key=lambda row: row.number)
+        return (TrialRow.from_dict(json.loads(line)) for line in lines[:-1])
 
     def _suggested(self, ended: Container[int]) -> Iterator[TrialRow]:
         """The trials that have begun and are not among the `ended`."""
@@ -225,7 +242,7 @@ class ResultsFolder:
         found = next((row for row in rows if row.number == number), None)
         if found is None:
             have = f"It has trials {rows[0].number} to {rows[-1].number}." if rows else "No trial has started yet."
-            raise ConfigError(f"--trial {number}: {self.path} has no such trial. {have}")
+            raise ConfigError(f"--trial {number}: {self.place} has no such trial. {have}")
         return found
 
     def write_verdict(self, answer: Verdict) -> None:
@@ -369,11 +386,19 @@ def flat_row(row: TrialRow, objectives: Sequence[str] = ()) -> dict[str, Any]:
     return cells | {f"seconds:{phase}": seconds for phase, seconds in row.result.seconds.items()}
 
 
-def _make_unique(parent: Path, name: str) -> Path:
+def order_runs(names: Iterable[str], study: str | None = None) -> list[str]:
+    """Those of the names that a run has (of one study, if named), oldest first."""
+    found = [match for name in names if (match := _RUN_NAME.fullmatch(name)) and study in (None, match["study"])]
+    return [match[0] for match in sorted(found, key=lambda match: (match["time"], int(match["n"] or 1)))]
+
+
+def _make_unique(parent: Path, name: str, taken: Container[str]) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for n in range(1, 1000):
             path = parent.absolute() / (name if n == 1 else f"{name}-{n}")
+            if path.name in taken:
+                continue
             try:
                 path.mkdir()
             except FileExistsError:

@@ -27,7 +27,7 @@ def render_status(folder: ResultsFolder) -> str:
     """A few lines: how far the study is, what runs, the best so far, what failed."""
     study, status = folder.load_study(), read_status(folder)
     rows = _as_they_stand(folder.read_rows(), status)
-    lines = [f"study {study.study} in {folder.path}", _phase_line(study, rows, status)]
+    lines = [f"study {study.study} in {folder.place}", _phase_line(study, rows, status)]
     if status is not None and status.driver_alive:
         lines += [_live_line(trial, rows, study.verify.restarts) for trial in status.live]
     lines.append(_best_line(study, rows) if status is None or status.driver_alive else _answer(folder, study, rows))

@@ -287,9 +287,9 @@ class SearchSpec(_Model):
     """After it no new trial starts; running ones end by their own limit."""
     points: tuple[dict[str, Any], ...] = ()
     """Settings to try first, right after the baseline. Names and values must lie in the search space."""
-    warm_start: Annotated[tuple[Path, ...], BeforeValidator(_as_list), _one_or_list(_PATH)] = ()
-    """Results folders of earlier studies to learn from. Model, engine, its fixed arguments, hardware and workload must
-    be the same; what is not is refused and named. Settings outside the search space are left out."""
+    warm_start: Annotated[tuple[str, ...], BeforeValidator(_as_list), _one_or_list(_PATH)] = ()
+    """Results folders, or their URIs, of earlier studies to learn from. Model, engine, its fixed arguments, hardware
+    and workload must be the same; what is not is refused and named. Settings outside the search space are left out."""
     cache: Annotated[bool, Field(strict=True)] = False
     """Whether a setting that an earlier run under the same `--results` has measured in the same way is answered from
     there and costs no trial; see [search.md](search.md#answers-of-earlier-runs)."""
@@ -409,6 +409,8 @@ class Study(_Model):
     verify: VerifySpec = VerifySpec()
     resources: ResourceSpec = ResourceSpec()
     ray: RaySpec = RaySpec()
+    results: Annotated[str, Field(min_length=1)] | None = None
+    """Parent of the runs' folders: a folder, or a URI of `s3`, `gs` or `file`. Default: `results`. `--results` wins."""
 
     @field_validator("model")
     @classmethod

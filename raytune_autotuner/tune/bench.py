@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -22,7 +23,9 @@ from raytune_autotuner.engine.gpus import gpus_here
 from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.bench import Progress, as_values, render
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.runs import create_run, mirrored, open_run
 from raytune_autotuner.report.status import Phase, StudyStatus, write_status
+from raytune_autotuner.report.store import Store, place
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.masking import MASK, mask, mask_values
@@ -39,7 +42,9 @@ ENDING = "-bench"
 """Of the folder's name, so that it is not taken for a run of the study."""
 
 
-def run_bench(study: Study, params: Params, results: Path, *, restart: int | None = None, as_json: bool = False) -> int:
+def run_bench(
+    study: Study, params: Params, results: Path | Store, *, restart: int | None = None, as_json: bool = False
+) -> int:
     """Measure `params` (none: the baseline) and tell what came of it; returns the exit code.
 
     `restart` has the load seeds of that restart of a verification. Raises `ConfigError` before anything is started.
@@ -55,9 +60,9 @@ def run_bench(study: Study, params: Params, results: Path, *, restart: int | Non
             row = judged(study, row, TrialResult({}, refused))
             _tell(study, row, None, None, as_json)
             return NO_RESULT
-        return _Bench(study, engine, row, ResultsFolder.create(results.absolute(), study, ENDING)).run(
-            gpus, restart, as_json
-        )
+        folder = create_run(results, study, ENDING)
+        with mirrored(folder, lambda text: print(text, file=sys.stderr)):
+            return _Bench(study, engine, row, folder).run(gpus, restart, as_json)
 
 
 class _Bench:
@@ -137,7 +142,7 @@ def earlier_setting(results: str, number: str) -> Start:
     """Trial `number` of the run in `results`; raises `ConfigError` where there is none."""
     if not number.isdecimal():
         raise ConfigError(f"--trial {results} {number}: write the results folder, then the trial's number.")
-    folder = ResultsFolder.open(Path(results))
+    folder = open_run(place(results), trials="")
     row = folder.read_row(int(number))
     return Start(folder.study_file, row.params, row.restart)
 

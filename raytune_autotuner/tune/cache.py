@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.runs import runs_at
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.score.slo import ends_at_first_miss
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame
@@ -50,7 +52,7 @@ class Cache:
 EMPTY = Cache({})
 
 
-def read_cache(study: Study, versions: Mapping[str, Any], parent: Path, defaults: Params) -> Cache:
+def read_cache(study: Study, versions: Mapping[str, Any], parent: Path | Store, defaults: Params) -> Cache:
     """The answers that the runs under `parent` have for `study`; none unless its `search.cache` is on.
 
     `versions` are this study's own, the cluster included; `defaults` the values in force at the baseline. Of several
@@ -60,7 +62,7 @@ def read_cache(study: Study, versions: Mapping[str, Any], parent: Path, defaults
         return EMPTY
     now = mask_values(_conditions(study, versions))
     answers = {}
-    for run in ResultsFolder.runs(parent):
+    for run in runs_at(parent):
         for row in _comparable_rows(run, now):
             if row.params.keys() <= study.space.by_name.keys() and _answers(study, row):
                 source = f"trial {row.number} of {run.path.name}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raytune_autotuner.load import vllm_bench
 from raytune_autotuner.load.workload import check_traffic, levels
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.score.metrics import (
     AGAINST_BASELINE,
     ENGINE_METRICS,
@@ -46,14 +47,14 @@ _CHANGES_ANSWERS = (
 """vLLM's flags of which one value may answer otherwise, or worse, than another."""
 
 
-def check_study(study: Study, results: Path) -> None:
+def check_study(study: Study, results: Path | Store) -> None:
     """Raise `ConfigError` where the study cannot run or end with a winner, or nothing can be written to `results`."""
     check_measurement(study, results)
     _check_space(study)
     make_sampler(study, concurrency=1)
 
 
-def check_measurement(study: Study, results: Path) -> None:
+def check_measurement(study: Study, results: Path | Store) -> None:
     """Raise `ConfigError` where no setting could be measured and judged, or nothing can be written to `results`."""
     for name, direction in study.objective.targets:
         where = f"objective.{direction}"
@@ -64,7 +65,10 @@ def check_measurement(study: Study, results: Path) -> None:
     check_traffic(study.workload)
     if study.workload.client == "vllm-bench" and study.ray.address is None:
         vllm_bench.require(str(study.engine.python or sys.executable))
-    _check_writable(results)
+    if isinstance(results, Store):
+        results.check_writable()
+    else:
+        _check_writable(results)
 
 
 def quality_notes(study: Study) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.gpus import gpus_here
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import ResourceSpec, Study
@@ -172,14 +173,14 @@ class Cluster:
         return sum(node.holds(**need) for node in self.nodes if node.suits(study.resources))
 
 
-def address_of(study: Study, results: Path) -> str | None:
+def address_of(study: Study, results: Path | Store) -> str | None:
     """The cluster to join: the study's, or that of the Ray job that this process is; None: a Ray of its own.
 
     Raises `ConfigError` where a job's results would be deleted with it.
     """
     if _JOB not in os.environ:
         return study.ray.address
-    if _JOBS_FILES in results.absolute().parts:
+    if isinstance(results, Path) and _JOBS_FILES in results.absolute().parts:
         raise ConfigError(
             f"--results {results}: lies in the job's own working directory, which Ray deletes.\n"
             "Name a path that stays, best one that all nodes share."

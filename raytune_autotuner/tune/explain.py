@@ -18,8 +18,9 @@ import optuna
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.runs import runs_at
 from raytune_autotuner.report.status import format_duration
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
@@ -75,7 +76,7 @@ class Explanation:
         return {**asdict(self), "settings": self.settings if self.settings != float("inf") else None}
 
 
-def explain(study: Study, results: Path) -> Explanation:
+def explain(study: Study, results: Path | Store) -> Explanation:
     """Explain `study`; raises `ConfigError` for whatever would keep it from being run here."""
     check_study(study, results)
     engine = make_engine(study)
@@ -142,8 +143,8 @@ def _why(study: Study, engine: Engine, params: Params) -> str | None:
     return None if failure is None else f"{failure.kind}: {failure.evidence}"
 
 
-def _median_trial_s(study: Study, results: Path) -> float | None:
-    rows = [row for run in ResultsFolder.runs(results, study.study) for row in run.read_rows()]
+def _median_trial_s(study: Study, results: Path | Store) -> float | None:
+    rows = [row for run in runs_at(results, study.study) for row in run.read_rows()]
     seconds = [row.result.seconds.get("total", 0.0) for row in rows if row.state is State.MEASURED]
     return statistics.median(seconds) if seconds else None
 

@@ -6,6 +6,7 @@ trial counts as finished as soon as its own `result.json` is written. Knows neit
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import yaml
 
 from raytune_autotuner.report.recheck import Claim, read_claim
-from raytune_autotuner.report.results import ResultsFolder, read_result, study_yaml
+from raytune_autotuner.report.results import ResultsFolder, order_runs, read_result, study_yaml
+from raytune_autotuner.report.runs import fetch, kept_in, runs_at
 from raytune_autotuner.report.status import read_status
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
@@ -34,23 +37,24 @@ CHANGEABLE = (
     "resources.max_concurrent",
     "resources.price_per_hour",
     "ray.address",
+    "results",
 )
 """Keys that may differ from the interrupted run's: none of them changes what a trial measures."""
 
 
-def unfinished_run(study: Study, parent: Path) -> ResultsFolder:
-    """The newest unfinished run of `study` under `parent`.
+def unfinished_run(study: Study, results: Path | Store) -> ResultsFolder:
+    """The newest unfinished run of `study` at `results`, on this machine with all that is known of it.
 
     Raises `ConfigError` where there is none, it still runs, or the study file differs in what a trial measures.
     """
-    runs = [run for run in ResultsFolder.runs(parent, study.study) if _unfinished(run)]
+    runs = [run for run in _runs(study, results) if _unfinished(run)]
     if not runs:
-        raise ConfigError(f"--resume: under {parent} there is no unfinished run of {study.study}. Leave --resume out.")
+        raise ConfigError(f"--resume: under {results} there is no unfinished run of {study.study}. Leave --resume out.")
     status = read_status(runs[-1])
     if status is not None and status.driver_alive:
-        raise ConfigError(f"--resume: {runs[-1].path} still runs (process {status.pid} on {status.host}).")
+        raise ConfigError(f"--resume: {runs[-1].place} still runs (process {status.pid} on {status.host}).")
     _check_same(study, runs[-1])
-    return runs[-1]
+    return _brought_here(runs[-1])
 
 
 def elapsed_before_s(folder: ResultsFolder) -> float:
@@ -67,7 +71,7 @@ def check_versions(folder: ResultsFolder, engine: Mapping[str, str]) -> None:
     changed = [name for name in {**known, **engine} if known.get(name) != engine.get(name)]
     if changed:
         then, now = ({name: of.get(name) for name in changed} for of in (known, engine))
-        raise ConfigError(f"--resume: {folder.path} was measured with {shown(then)}, but now there is {shown(now)}.")
+        raise ConfigError(f"--resume: {folder.place} was measured with {shown(then)}, but now there is {shown(now)}.")
 
 
 def check_claim(folder: ResultsFolder, claim: Claim | None) -> None:
@@ -89,6 +93,35 @@ def _with_result(folder: ResultsFolder, row: TrialRow) -> TrialRow:
     return row if result is None else replace(row, state=State.RUNNING, result=result)
 
 
+def _runs(study: Study, results: Path | Store) -> list[ResultsFolder]:
+    """Oldest first; of a run that this machine and a store both hold, the later state."""
+    if isinstance(results, Path):
+        return runs_at(results.absolute(), study.study)
+    here = ResultsFolder.runs(kept_in(results), study.study)
+    known = {run.path.name: replace(run, store=results / run.path.name) for run in here}
+    for run in runs_at(results, study.study):
+        name = run.path.name
+        if name not in known or _heard_at(run) > _heard_at(known[name]):
+            known[name] = run
+    return [known[name] for name in order_runs(known)]
+
+
+def _heard_at(run: ResultsFolder) -> float:
+    status = read_status(run)
+    return 0.0 if status is None else status.updated_at
+
+
+def _brought_here(run: ResultsFolder) -> ResultsFolder:
+    """The run in the folder in which this machine writes it, whole."""
+    if run.store is None or run.path == kept_in(run.store):
+        return run
+    path = kept_in(run.store)
+    if path.exists():  # an earlier state, some trials of which may never have come to the store
+        path.rename(path.with_name(f"{path.name}.{time.time_ns()}.outdated"))
+    fetch(run.store, path)
+    return replace(run, path=path)
+
+
 def _unfinished(run: ResultsFolder) -> bool:
     status = read_status(run)
     return status is None or status.phase != "finished"
@@ -100,7 +133,7 @@ def _check_same(study: Study, run: ResultsFolder) -> None:
     for key in {**then, **now}:
         if then.get(key) != now.get(key) and key not in CHANGEABLE:
             raise ConfigError(
-                f"--resume: {key} was {shown(then.get(key))} in {run.path} and is {shown(now.get(key))} now.\n"
+                f"--resume: {key} was {shown(then.get(key))} in {run.place} and is {shown(now.get(key))} now.\n"
                 f"Set it back, or start anew without --resume. Free to change: {', '.join(CHANGEABLE)}."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -25,10 +26,13 @@ from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
+from raytune_autotuner.report.mirror import Mirror
 from raytune_autotuner.report.recheck import Claim, Recheck, answer_of, claim_notes, note_claim
-from raytune_autotuner.report.results import ResultsFolder, cut_half_line
+from raytune_autotuner.report.results import SUGGESTION, ResultsFolder, cut_half_line
+from raytune_autotuner.report.runs import create_run
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.verdict import Verdict
@@ -45,7 +49,7 @@ from raytune_autotuner.tune.checks import check_study, quality_notes
 from raytune_autotuner.tune.cluster import Cluster, address_of, node_answers, running_cluster
 from raytune_autotuner.tune.early_stop import StopHopeless
 from raytune_autotuner.tune.engine_there import engine_of
-from raytune_autotuner.tune.files import bring_files
+from raytune_autotuner.tune.files import FarFiles
 from raytune_autotuner.tune.monitor import TICK_S, start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.resume import check_claim, check_versions, elapsed_before_s, kept_rows, unfinished_run
@@ -59,6 +63,7 @@ from raytune_autotuner.tune.verify import Verifies
 from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
+logger = logging.getLogger(__name__)
 OK, NO_RESULT, INTERRUPTED = 0, 1, 130
 _STOP = (signal.SIGINT, signal.SIGTERM)
 LOOK_S = 2.0
@@ -70,7 +75,7 @@ ANSWER_S = 5.0
 
 def run_study(
     study: Study,
-    results: Path,
+    results: Path | Store,
     *,
     resume: bool = False,
     verbose: bool = False,
@@ -85,7 +90,7 @@ def run_study(
     """
     learn(study.secrets)
     check_study(study, results)
-    before = unfinished_run(study, results.absolute()) if resume else None
+    before = unfinished_run(study, results) if resume else None
     address = address_of(study, results)
     with ExitStack() as until_all_is_ended:
         joined = until_all_is_ended.enter_context(running_cluster(address)) if address else None
@@ -93,10 +98,13 @@ def run_study(
         learned = _prepare(study, engine, before, verifies)
         cluster = joined or until_all_is_ended.enter_context(running_cluster())
         cluster.require(study, engine)
-        folder = before or ResultsFolder.create(results.absolute(), study)
+        folder = before or create_run(results, study)
         watcher = make_watcher(verbose)
         resumed = before is not None
         run = _Run(study, engine, cluster, folder, watcher, trainable, learned, resumed, verifies)
+        until_all_is_ended.enter_context(run.log)
+        if run.mirror is not None:
+            until_all_is_ended.enter_context(run.mirror)
         until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
             run.search()
@@ -155,16 +163,18 @@ class _Run:
         self.slots = self.cluster.slots(self.study, self.engine)
         self._looked_at = time.monotonic()
         self.log = LogWriter(self.folder.study_log)
+        self.mirror = None if self.folder.store is None else Mirror(self.folder.path, self.folder.store, self._warn)
         self.events = Events(self.study, verbose=True)
         self.board = TensorBoardWriter(self.folder, self.study)
         self.monitor = start_monitor(self.folder.path.name, limits.timeout_s, limits.hung_after_s)
+        self.files = FarFiles()
         self.reporter = TrialReporter(
             self.study,
             self.folder,
             self.engine.rules,
             standing_of=self._standing_of,
             node_answers=node_answers,
-            bring_files=bring_files,
+            bring_files=self.files.bring,
             on_change=self._changed,
         )
         self.show, self.refresh = Sparing(self._show), Sparing(self._refresh)
@@ -189,8 +199,8 @@ class _Run:
         cut_half_line(self.folder.optuna_log)
         storage = JournalStorage(JournalFileBackend(str(self.folder.optuna_log)))
         drawn = sum(s.n_trials for s in optuna.get_all_study_summaries(storage))
-        now, parent = versions(self.engine, self.cluster), self.folder.path.parent
-        cache = read_cache(self.study, now, parent, self.engine.defaults())
+        now = versions(self.engine, self.cluster)
+        cache = read_cache(self.study, now, self.folder.parent, self.engine.defaults())
         sampler, reason = make_sampler(self.study, self.slots, drawn)
         self._tell_start([*self._notes(reason, cache)])
         if self.verifies is not None:
@@ -219,6 +229,7 @@ class _Run:
         """What is worth knowing before the first trial, a line each."""
         engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
         yield from (f"engine: {engine}", f"cluster: {self.cluster.shape}", *claim_notes(self.folder))
+        yield from [f"results are brought to {self.folder.store}"] if self.folder.store is not None else []
         if self.verifies is None:
             yield f"sampler: {sampler}"
             yield from quality_notes(self.study)
@@ -270,7 +281,6 @@ class _Run:
         write_status(self.folder, replace(self.status, phase=phase, updated_at=time.time(), live=()))
         self.watcher.finished(Ending(answer, rows, lines, self.reporter.interrupted, self.reporter.ending))
         write_report(self.folder)
-        self.log.close()
         if self.reporter.interrupted:
             return INTERRUPTED
         told = answer.holds if isinstance(answer, Recheck) else answer.winner
@@ -387,6 +397,16 @@ class _Run:
             return
         self._show()
         write_status(self.folder, self.status)
+        self.files.refresh(self._running())
+
+    def _running(self) -> dict[str, list[Path]]:
+        """The folders of running trials, by the node on which they are written."""
+        found: dict[str, list[Path]] = {}
+        for row in self.reporter.live:
+            if row.trial_id in self.standings:
+                trial_dir = self.folder.trial_dir(row.number, row.trial_id)
+                found.setdefault(self.standings[row.trial_id].node_id, []).append(trial_dir)
+        return found
 
     def _write_tables(self) -> None:
         if self.stale:
@@ -398,12 +418,19 @@ class _Run:
         limit = self.study.trial.timeout_s
         return LiveTrial(row.number, known.stage, known.share, known.elapsed_s, limit, dict(known.metrics or {}))
 
+    def _warn(self, text: str) -> None:
+        logger.warning("%s", text)
+        self.log.write_study(text)
+
     def _changed(self, row: TrialRow) -> None:
         if row.state.finished:
             if row.taken_from is None:
                 self.board.ended(row)
             self.stale = True
             self._look_whether_enough()
+        if self.mirror is not None:
+            trial_dir = self.folder.trial_dir(row.number, row.trial_id)
+            self.mirror.due(trial_dir if row.state.finished else trial_dir / SUGGESTION)
         self.show()
 
     def _show(self) -> None:

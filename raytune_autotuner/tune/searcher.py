@@ -219,7 +219,7 @@ class StudySearch(OptunaSearch):
                 self._enqueue(row.params, name=row.name)
                 ot_trial = self.ot_study.ask()
                 self._queued(ot_trial)
-                ot_trial.set_user_attr("warm_start", str(part.source))
+                ot_trial.set_user_attr("warm_start", part.source.place)
                 self._teller.tell(self.ot_study, ot_trial, row)
                 self._lessons.note(row)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.runs import open_run
+from raytune_autotuner.report.store import place
 from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.study.errors import ConfigError, shown
@@ -24,7 +25,7 @@ from raytune_autotuner.study.trial import TrialRow
 class Learned:
     """The trials of one earlier study that this one can learn from."""
 
-    source: Path
+    source: ResultsFolder
     rows: tuple[TrialRow, ...]
     """Judged by this study's objective and SLOs."""
     outside: int
@@ -32,7 +33,7 @@ class Learned:
 
     def __str__(self) -> str:
         left_out = f", {self.outside} outside of the search space left out" if self.outside else ""
-        return f"{len(self.rows)} trials of {self.source.name}{left_out}"
+        return f"{len(self.rows)} trials of {self.source.path.name}{left_out}"
 
 
 def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learned]:
@@ -40,16 +41,16 @@ def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learne
 
     Raises `ConfigError` for a folder that is none, or whose study differs in what makes figures comparable.
     """
-    return [_learn(study, versions, ResultsFolder.open(path)) for path in study.search.warm_start]
+    return [_learn(study, versions, open_run(place(text), trials="")) for text in study.search.warm_start]
 
 
 def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
     then, now = fingerprint(earlier.load_study(), earlier.read_versions()), fingerprint(study, versions)
-    _check_same(then, mask_values(now), earlier.path)
+    _check_same(then, mask_values(now), earlier.place)
     ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None]
     inside = [row for row in ended if _is_inside(study, row.params)]
     return Learned(
-        earlier.path,
+        earlier,
         tuple(judged(study, replace(row, name="", retry_of=None), row.result) for row in inside),
         len(ended) - len(inside),
     )
@@ -71,7 +72,7 @@ def fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def _check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: str) -> None:
     different = [name for name in now if then[name] != now[name]]
     if different:
         details = "\n".join(f"{name} was {shown(then[name])} and is {shown(now[name])}." for name in different)

@@ -18,6 +18,7 @@ import yaml
 
 from raytune_autotuner.engine import models
 from raytune_autotuner.report.status import format_duration
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import EngineSpec, Study, parse_study
 from raytune_autotuner.tune.checks import check_study
@@ -54,7 +55,7 @@ class Proposal:
     """What could not be looked at."""
 
 
-def propose(wishes: Wishes, model: Model, site: Site, results: Path) -> Proposal:
+def propose(wishes: Wishes, model: Model, site: Site, results: Path | Store) -> Proposal:
     """The study for `wishes`; raises `ConfigError` for wishes that no study on these machines can meet."""
     traffic = wishes.traffic or default_traffic(model, site)
     fit = Fit(model, site, lengths(traffic))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from raytune_autotuner.engine import models
 from raytune_autotuner.load.workload import Traffic, levels, parse_traffic
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.runs import runs_at
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study, Workload
 from raytune_autotuner.study.trial import State, TrialRow
@@ -69,7 +70,7 @@ class Pace:
         return tokens_in * 2 * self.parameters / self.devices / operations + tokens_out * step_s / concurrency
 
 
-def pace_of(fit: Fit, results: Path) -> Pace:
+def pace_of(fit: Fit, results: Path | Store) -> Pace:
     """The pace on the site's machines, held against what lies in `results`."""
     hardware = {host.hardware for host in fit.site.hosts}
     trials = [
@@ -90,7 +91,7 @@ def _guess(fit: Fit) -> Pace:
     return Pace(start_s, float(parameters), fit.site.on_gpus, float(devices), fit.site.smallest_gpu_gib or 0.0)
 
 
-def _corrected(guess: Pace, trials: Sequence[tuple[Study, TrialRow]], results: Path) -> Pace:
+def _corrected(guess: Pace, trials: Sequence[tuple[Study, TrialRow]], results: Path | Store) -> Pace:
     if not trials:
         return guess
     starts, ratios = [], []
@@ -109,10 +110,10 @@ def _guessed_loads_s(guess: Pace, load: Workload) -> float:
     return guess.loads_s(parse_traffic(load.traffic), concurrency, requests)
 
 
-def _earlier(model: str, results: Path) -> list[tuple[Study, list[TrialRow]]]:
+def _earlier(model: str, results: Path | Store) -> list[tuple[Study, list[TrialRow]]]:
     """The measured trials of this model on a real engine, under drawn traffic."""
     found = []
-    for run in ResultsFolder.runs(results):
+    for run in runs_at(results):
         try:
             study, rows = run.load_study(), run.read_rows()
         except (ConfigError, OSError, ValueError, KeyError, TypeError):
