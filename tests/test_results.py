@@ -32,7 +32,7 @@ from raytune_autotuner.report.summary import failure_lines, render_status
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
-from raytune_autotuner.study.masking import assignment, mask, mask_values
+from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_values
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from tests.report_samples import (
     METRIC,
@@ -502,3 +502,21 @@ def test_the_room_starts_without_heavy_imports() -> None:
     script = f"import sys\n{imports}\nprint(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_launch_line_without_its_secrets_is_still_one_command() -> None:
+    words = [
+        "vllm",
+        "serve",
+        "m",
+        "--chat-template",
+        """{"a/passwd": "x'\\"'\\"'; touch owned #"}""",
+        "--api-key",
+        "abc",
+    ]
+    line = mask_line(f"A='x y' HF_TOKEN=abc {shlex.join(words)}")
+    assert shlex.split(line)[:2] == ["A=x y", "HF_TOKEN=$HF_TOKEN"]
+    kept = shlex.split(line)[2:]
+    assert len(kept) == len(words)
+    assert (kept[:4], kept[-2:]) == (words[:4], ["--api-key", "***"])
+    assert mask_values({"launch": line}) == {"launch": line}

@@ -32,7 +32,7 @@ from raytune_autotuner.report.verdict import Verdict, changes
 from raytune_autotuner.report.wording import comment, describe_params, format_number, gain_of, interval, percent
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.masking import assignment, mask, mask_values
+from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_values
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study, load_study
 from raytune_autotuner.study.trial import TrialResult, TrialRow
@@ -273,7 +273,7 @@ class ResultsFolder:
         """
         provenance = _provenance(study, row, baseline, self.path.name, answer)
         write_text(self.best_file, provenance + _engine_config(study, row.params, model))
-        script = f'#!/usr/bin/env bash\n{provenance}exec env {mask(launch_line)} "$@"\n'
+        script = f'#!/usr/bin/env bash\n{provenance}exec env {mask_line(launch_line)} "$@"\n'
         write_text(self.launch_file, script, mode=0o755)
 
     def _objectives(self, rows: Sequence[TrialRow]) -> list[str]:

@@ -25,7 +25,7 @@ from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far, changes
 from raytune_autotuner.report.wording import contender_cells, format_number
 from raytune_autotuner.score.pareto import scores_of
-from raytune_autotuner.study.masking import mask
+from raytune_autotuner.study.masking import mask_line
 from raytune_autotuner.study.space import Params, readable
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
@@ -342,7 +342,7 @@ def _print_launch(console: Console, ending: Ending) -> None:
     """The lines to paste: last, alone, never wrapped, without colour or indentation."""
     if ending.launch is None:
         return
-    here, plain = (mask(line) for line in ending.launch)
+    here, plain = (mask_line(line) for line in ending.launch)
     console.print(Text("serve it here:", style="bold"))
     console.print(Text(here), soft_wrap=True)
     if plain != here:

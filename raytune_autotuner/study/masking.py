@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -36,7 +36,15 @@ _NAME = (
 )
 _NAMED = re.compile(rf"""(?<![A-Za-z0-9])((?:{_NAME})["']?\s*[=:]\s*\[?){_VALUE}""")
 _FLAG = re.compile(rf"""(?<![\w-])(--?[\w-]*(?:token|key|secret|password)(?:["'],\s*|\s+)){_VALUE}""")
+_SECRET_FLAG = re.compile(r"--?[\w-]*(?:token|key|secret|password)")
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _learned: set[str] = set()
+
+
+class Masked(str):
+    """Text that holds no secret any more, and that another masking could only spoil."""
+
+    __slots__ = ()
 
 
 def is_secret(name: str) -> bool:
@@ -84,6 +92,8 @@ def mask(text: str, env: Mapping[str, str] | None = None) -> str:
 
     `env` is this process's environment unless given, as it was at the first call.
     """
+    if isinstance(text, Masked):
+        return text
     known = _known() if env is None else _pattern(frozenset(secrets_in(env)))
     text = text if known is None else known.sub(MASK, text)
     if not _HINT.search(text):
@@ -122,7 +132,7 @@ def mask_values(value: Any) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [mask_values(item) for item in value]
+        return mask_words(value) if all(isinstance(item, str) for item in value) else [*map(mask_values, value)]
     return mask(value) if isinstance(value, str) else value
 
 
@@ -133,6 +143,33 @@ def assignment(name: str, value: str) -> str:
     ('HF_TOKEN="$HF_TOKEN"', "A='x y'")
     """
     return f'{name}="${name}"' if is_secret(name) else f"{name}={shlex.quote(value)}"
+
+
+def mask_words(words: Sequence[str]) -> list[str]:
+    """A command's arguments without secrets, those included that only the flag before them gives away.
+
+    >>> mask_words(["serve", "--api-key", "x"])
+    ['serve', '--api-key', '***']
+    """
+    pairs = zip(("", *words), words, strict=False)
+    return [
+        MASK if _SECRET_FLAG.fullmatch(before) and not word.startswith("-") else mask(word) for before, word in pairs
+    ]
+
+
+def mask_line(line: str) -> Masked:
+    """A shell line (assignments, then a command) without secrets, which still is one: each word is masked by itself.
+
+    In the line as a whole a masking would take quotes for those of a value, and let out what they hold.
+
+    >>> mask_line("HF_TOKEN=hf_0123456789 vllm serve m")
+    'HF_TOKEN="$HF_TOKEN" vllm serve m'
+    """
+    words = shlex.split(line)
+    count = next((i for i, word in enumerate(words) if not _ASSIGNMENT.fullmatch(word)), len(words))
+    pairs = (word.partition("=") for word in words[:count])
+    set_first = [assignment(name, mask(value)) for name, _, value in pairs]
+    return Masked(" ".join([*set_first, *map(shlex.quote, mask_words(words[count:]))]))
 
 
 def _keep_quotes(match: re.Match[str]) -> str:

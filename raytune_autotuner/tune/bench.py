@@ -28,7 +28,7 @@ from raytune_autotuner.report.status import Phase, StudyStatus, write_status
 from raytune_autotuner.report.store import Store, place
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.masking import MASK, mask, mask_values
+from raytune_autotuner.study.masking import MASK, mask_line, mask_values
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study, only_setting
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
@@ -172,7 +172,7 @@ def _gpus(study: Study, engine: Engine, params: Params) -> list[str]:
 
 
 def _tell(study: Study, row: TrialRow, launch: str | None, folder: Path | None, as_json: bool) -> None:
-    launch = None if launch is None else mask(launch)
+    launch = None if launch is None else mask_line(launch)
     if as_json:
         print(json.dumps(mask_values(as_values(study, row, launch, folder))))
     else:

@@ -38,7 +38,7 @@ from raytune_autotuner.score.quality import Quality, judge, loss
 from raytune_autotuner.score.records import Phase, RequestRecord, duration_s
 from raytune_autotuner.study.errors import TrialFailed
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
-from raytune_autotuner.study.masking import learn
+from raytune_autotuner.study.masking import learn, mask_line
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
@@ -411,7 +411,7 @@ class Evaluation:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
 
     def _describe(self, launch: Launch, cores: tuple[int, ...]) -> None:
-        here, plain = self.engine.launch_lines(self.params)
+        here, plain = map(mask_line, self.engine.launch_lines(self.params))
         command = {"params": dict(self.params), "argv": list(launch.argv), "env": dict(launch.env)}
         write_json(self.workdir / "command.json", {**command, "launch": here, "plain": plain})
         bound = f" on cores {', '.join(map(str, cores))}" if cores else ""
