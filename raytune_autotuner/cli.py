@@ -1,21 +1,31 @@
-"""The front door: arguments in, exit code out.
-
-Exit codes: 0 done; 1 the study ended without a usable result; 2 wrong use, nothing was started; 130 interrupted.
-"""
+"""The front door: arguments in, exit code out. What the codes mean stands in `manual.py`."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
+import os
 import platform
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from raytune_autotuner import __version__
+from raytune_autotuner.manual import (
+    ARGUMENTS,
+    INTERRUPTED,
+    NO_RESULT,
+    OK,
+    OVERVIEW,
+    PAGES,
+    WRONG_USE,
+    Page,
+    below_options,
+)
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
 from raytune_autotuner.study.masking import mask
 
@@ -23,30 +33,21 @@ if TYPE_CHECKING:
     from raytune_autotuner.report.store import Store
     from raytune_autotuner.study.study import Study
 
-OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 DEFAULT_RESULTS = "results"
 _PROGRAM = "python -m raytune_autotuner"
 _FORMS = ("vllm", "yaml", "docker", "compose", "k8s")
-_EPILOG = """\
-exit codes:
-  0    done
-  1    the study ended without a usable result, or its results never came to the store that they belong in
-  2    wrong use, nothing was started
-  130  interrupted; what was measured is kept
-
-examples:
-  python -m raytune_autotuner configs/llama.yaml
-  python -m raytune_autotuner configs/llama.yaml --set search.trials=20 --set trial.timeout_s=5m
-  python -m raytune_autotuner bench configs/llama.yaml --param max-num-seqs=32
-  python -m raytune_autotuner logs results/llama-cpu-20260101-120000 3 --engine --follow
-  python -m raytune_autotuner diagnose engine.log --exit-code 1
-"""
+_SCRIPT = "raytune-autotuner"
+"""The same program under the name that an installation gives it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if "_ARGCOMPLETE" in os.environ:
+            from raytune_autotuner.completion import answer_tab
+
+            answer_tab(_parser())
         if arguments and arguments[0] not in {*_COMMANDS, "-h", "--help", "--version"}:
             _refuse_mistyped_command(arguments[0])
             arguments.insert(0, "run")
@@ -154,10 +155,15 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from raytune_autotuner.report.runs import open_run
-    from raytune_autotuner.report.summary import render_status
+    from raytune_autotuner.report.runs import keep_fresh, open_run
+    from raytune_autotuner.report.summary import render_status, summarize
+    from raytune_autotuner.report.terminal import follow, make_watcher
 
-    print(render_status(open_run(arguments.results, trials="")))
+    folder = open_run(arguments.results, trials="")
+    if arguments.follow:
+        follow(folder, make_watcher(), keep_fresh(folder, ""))
+    found = summarize(folder)
+    print(json.dumps(found.to_dict()) if arguments.json else render_status(found))
     return OK
 
 
@@ -282,6 +288,13 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"--output {path}: cannot be written: {error.strerror or error}.") from error
 
 
+def _completion(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.completion import shell_code
+
+    print(shell_code(arguments.shell, _SCRIPT))
+    return OK
+
+
 _COMMANDS = {
     "run": _run,
     "init": _init,
@@ -296,6 +309,7 @@ _COMMANDS = {
     "schema": _schema,
     "diagnose": _diagnose,
     "clean": _clean,
+    "completion": _completion,
 }
 
 
@@ -313,10 +327,11 @@ def _refuse_mistyped_command(word: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    program = _SCRIPT if Path(sys.argv[0]).name == _SCRIPT else _PROGRAM
     parser = _Parser(
-        prog=_PROGRAM,
-        description="Finds the engine settings to run, for a model, its hardware, its traffic and its promises.",
-        epilog=_EPILOG,
+        prog=program,
+        description=OVERVIEW.about,
+        epilog=below_options(OVERVIEW, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"raytune_autotuner {__version__}")
@@ -331,6 +346,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_logs(commands.add_parser("logs", help="read the logs of a study or of one trial"))
     status = commands.add_parser("status", help="where a study stands, also while it runs elsewhere")
     status.add_argument("results", type=_place, metavar="RESULTS")
+    status.add_argument("-f", "--follow", action="store_true", help="the live table, until the study ends")
+    status.add_argument("--json", action="store_true")
     report = commands.add_parser("report", help="write report.html again, also for a study that runs or was killed")
     report.add_argument("results", type=_place, metavar="RESULTS")
     _add_compare(commands.add_parser("compare", help="several studies side by side: what differs, what each came to"))
@@ -343,7 +360,20 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="end what a crash left running; say what old results weigh")
     clean.add_argument("--results", type=_place, default=Path(DEFAULT_RESULTS), metavar="PLACE")
     clean.add_argument("--json", action="store_true")
+    completion = commands.add_parser("completion", help="what makes Tab complete commands, options and files")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    for name in commands.choices.keys() & PAGES.keys():
+        _teach(commands.choices[name], PAGES[name], program)
     return parser
+
+
+def _teach(command: argparse.ArgumentParser, page: Page, program: str) -> None:
+    """Put the manual's words into a command's `--help`."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.description = textwrap.fill(page.about, 100)
+    command.epilog = below_options(page, program)
+    for action in command._actions:
+        action.help = action.help or ARGUMENTS.get(str(action.metavar), ARGUMENTS.get(action.dest))
 
 
 def _add_study(command: argparse.ArgumentParser) -> None:
@@ -363,15 +393,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     _add_how_to_run(run, "the study's newest unfinished run")
 
 
-_VERIFY = """\
-Measures the winner and the baseline of an earlier run again, on fresh engine starts, with the engine and machine as
-they are now, and says whether the gain still holds and what is different. Exit code 0: it holds, or it does not; 1:
-that could not be told; 2: nothing was started, as when the engine no longer knows a flag of the setting.
-"""
-
-
 def _add_verify(verify: argparse.ArgumentParser) -> None:
-    verify.description = _VERIFY
     verify.add_argument("earlier", type=_place, metavar="RESULTS", help="folder of the earlier run; it is only read")
     verify.add_argument("--trial", type=int, metavar="N", help="another setting than the winner")
     verify.add_argument("--restarts", type=int, metavar="N", help="engine starts of each setting; default: the study's")
@@ -398,23 +420,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--json", action="store_true")
 
 
-_INIT = """\
-Looks at the model's configuration and at this machine (or, with --address, at a Ray cluster), and writes a study with
-comments: the parameters that matter there and ranges that fit in memory, load levels, promises, and as many trials as
-there is time for. It starts no engine. The study goes to standard output, what there is to say to standard error.
-"""
-_INIT_EPILOG = """\
-examples:
-  python -m raytune_autotuner init bundled:smollm2-135m-instruct --minutes 15 > study.yaml
-  python -m raytune_autotuner init meta-llama/Llama-3.1-8B-Instruct --traffic 'N(1024,256)/(256,64)' \\
-      --slo ttft_ms.p90=500 --slo tpot_ms.p90=50 --minutes 240 --output llama.yaml
-then: check STUDY.yaml explains it, and STUDY.yaml alone runs it.
-"""
-
-
 def _add_init(init: argparse.ArgumentParser) -> None:
-    init.description, init.epilog = _INIT, _INIT_EPILOG
-    init.formatter_class = argparse.RawDescriptionHelpFormatter
     init.add_argument("model", metavar="MODEL", help="a hub id, a folder, or bundled:smollm2-135m-instruct")
     traffic = (
         "tokens of prompts and answers: D(in,out), N(mean,sd)/(mean,sd), U(min,max)/(min,max); default: a stand-in"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -533,3 +535,28 @@ def test_a_log_is_read_from_standard_input_too() -> None:
         check=True,
     )
     assert json.loads(done.stdout)["kind"] == "kv-cache-too-small"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("stat", ["status"]),
+        ("stu", ["study.yaml"]),
+        ("study.yaml --res", ["--results", "--resume"]),
+        ("status results/", ["results/test-20260101-120000/"]),
+        ("logs results/test-20260101-120000 ", ["0", "1"]),
+        ("export results --format c", ["compose"]),
+    ],
+)
+def test_tab_offers_what_can_follow(tmp_path: Path, typed: str, offered: list[str]) -> None:
+    study = write_study(tmp_path)
+    for number in range(2):
+        (tmp_path / "results" / "test-20260101-120000" / "trials" / f"{number}-abc").mkdir(parents=True)
+    shutil.copy(study, tmp_path / "results" / "test-20260101-120000")
+    line, answer = f"raytune-autotuner {typed}", tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    asked |= {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    command = [sys.executable, "-m", "raytune_autotuner"]
+    subprocess.run(command, env={**os.environ, **asked, "PYTHONPATH": str(CONFIGS.parent)}, cwd=tmp_path, check=True)
+    found = [word.strip() for word in answer.read_text().splitlines()]
+    assert [word for word in found if typed.endswith("--res") or not word.startswith("--")] == offered

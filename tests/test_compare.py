@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from raytune_autotuner import cli
+from raytune_autotuner.manual import WRONG_USE
 from raytune_autotuner.report.compare import Comparison, compare, comparison_page, terminal_table
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
@@ -122,5 +123,5 @@ def test_the_command_prints_a_table_or_json_and_writes_the_page(
 
 def test_a_page_that_cannot_be_written_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(one.folder.path) for one in two(tmp_path).studies]
-    assert cli.main(["compare", *paths, "--output", str(tmp_path / "no" / "such.html")]) == cli.WRONG_USE
+    assert cli.main(["compare", *paths, "--output", str(tmp_path / "no" / "such.html")]) == WRONG_USE
     assert "--output" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -18,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import raytune_autotuner
+from raytune_autotuner import cli, manual
 from raytune_autotuner.cli import main
 from raytune_autotuner.engine import models
 from raytune_autotuner.score.grades import Grade
@@ -139,6 +141,25 @@ def test_every_command_stands_in_the_readme(capsys: pytest.CaptureFixture[str]) 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert commands
     assert not [name for name in commands if name != "run" and f"python -m raytune_autotuner {name} " not in readme]
+
+
+def test_every_command_has_its_page_of_the_manual_with_examples_that_it_takes() -> None:
+    parser = cli._parser()
+    taken = set()
+    for page in (manual.OVERVIEW, *manual.PAGES.values()):
+        for example in page.examples:
+            words = shlex.split(example.partition(" > ")[0])
+            taken.add(parser.parse_args(words if words[0] in cli._COMMANDS else ["run", *words]).command)
+    assert taken == set(manual.PAGES) == set(cli._COMMANDS)
+
+
+def test_every_exit_code_is_documented_as_help_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {int(row[0].strip("`")): row[1] for row in rows("watching.md") if row[0].strip("`").isdigit()}
+    assert told == manual.EXIT_CODES
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {code:<4} {meaning}\n" in said for code, meaning in manual.PAGES["run"].codes.items())
 
 
 def test_every_module_stands_in_the_house_and_no_other() -> None:

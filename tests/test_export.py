@@ -19,6 +19,7 @@ import yaml
 
 from raytune_autotuner import cli
 from raytune_autotuner.engine.flags import arguments
+from raytune_autotuner.manual import WRONG_USE
 from raytune_autotuner.report.export import FORMS, Form, export
 from raytune_autotuner.report.results import ResultsFolder, write_json
 from raytune_autotuner.study.errors import ConfigError
@@ -245,7 +246,7 @@ def test_a_bundled_model_is_the_folder_that_the_trial_loaded(tmp_path: Path) -> 
 def test_wrong_use_is_told_and_nothing_is_printed(
     tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["export", str(folder_of(tmp_path).path), *options]) == cli.WRONG_USE
+    assert cli.main(["export", str(folder_of(tmp_path).path), *options]) == WRONG_USE
     out, error = capsys.readouterr()
     assert out == ""
     assert said in error

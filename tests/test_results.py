@@ -28,7 +28,7 @@ from raytune_autotuner.report.status import (
     verification_progress,
     write_status,
 )
-from raytune_autotuner.report.summary import failure_lines, render_status
+from raytune_autotuner.report.summary import failure_lines, render_status, summarize
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
@@ -213,7 +213,7 @@ def test_a_trial_that_has_not_ended_is_told_as_it_was_suggested(folder: ResultsF
     assert folder.read_rows() == [suggested]
     folder.add_row(measured(0, 100.0))
     write_status(folder, replace(StudyStatus.begin(1), live=(LiveTrial(1, Stage.WEIGHTS, 0.4, 21.0, 600.0),)))
-    assert "1 of 12 trials (1 running, 1 measured)" in render_status(folder)
+    assert "1 of 12 trials (1 running, 1 measured)" in render_status(summarize(folder))
     folder.add_row(measured(1, 90.0, setting(8)))
     assert folder.read_rows() == [measured(0, 100.0), measured(1, 90.0, setting(8))]
 
@@ -423,7 +423,7 @@ def test_a_running_study_is_told_from_its_files(folder: ResultsFolder) -> None:
     folder.write_rows(sample_rows())
     status = replace(StudyStatus.begin(1), live=(LiveTrial(4, Stage.WEIGHTS, 0.4, 21.0, 600.0),))
     write_status(folder, status)
-    text = render_status(folder)
+    text = render_status(summarize(folder))
     assert "4 of 12 trials (1 running, 3 measured, 1 failed), about" in text
     assert "trial 4 at weights 40%, 21.0 s / 600 s {max-num-seqs: 8" in text
     assert f"best so far: trial 2 with {METRIC} 143 (x1.43 of the baseline)" in text
@@ -433,7 +433,7 @@ def test_a_running_study_is_told_from_its_files(folder: ResultsFolder) -> None:
 def test_a_killed_study_is_told_as_killed_with_its_verdict(folder: ResultsFolder) -> None:
     folder.write_rows(sample_rows())
     write_status(folder, replace(StudyStatus.begin(1), pid_started=1))
-    text = render_status(folder)
+    text = render_status(summarize(folder))
     assert "killed after 0 s" in text
     assert "Run trial 2" in text
 
@@ -443,7 +443,7 @@ def test_a_verification_is_told_from_the_search(folder: ResultsFolder) -> None:
     rows.append(replace(running(9, setting(32, 64)), verifies=3, restart=1))
     folder.write_rows(rows)
     write_status(folder, replace(StudyStatus.begin(1), live=(LiveTrial(9, Stage.WEIGHTS, 0.4, 21.0, 600.0),)))
-    text = render_status(folder)
+    text = render_status(summarize(folder))
     assert "3 of 12 trials (3 measured), 5 of 15 restarts to verify, about" in text
     assert "trial 9 at weights 40%, 21.0 s / 600 s verify trial 3, 2 of 5, {max-num-seqs: 32" in text
     assert "best so far: trial 2" in text
@@ -454,11 +454,30 @@ def test_an_ended_study_is_told_by_the_verdict_that_it_wrote(folder: ResultsFold
     answer = study_verdict(make_study(), verified_rows())
     folder.write_verdict(replace(answer, sentence="As it was said then.", warning="And warned."))
     write_status(folder, replace(StudyStatus.begin(1), phase="finished"))
-    assert "As it was said then. And warned." in render_status(folder)
+    assert "As it was said then. And warned." in render_status(summarize(folder))
 
 
 def test_a_study_that_has_not_begun_is_told_too(folder: ResultsFolder) -> None:
-    assert "not started: 0 of 12 trials (no trial yet)" in render_status(folder)
+    assert "not started: 0 of 12 trials (no trial yet)" in render_status(summarize(folder))
+
+
+def test_the_status_for_programs_says_the_same(folder: ResultsFolder) -> None:
+    folder.write_rows(sample_rows())
+    write_status(folder, replace(StudyStatus.begin(1, 100.0), live=(LiveTrial(4, Stage.WEIGHTS, 0.4, 21.0, 600.0),)))
+    found = json.loads(json.dumps(summarize(folder).to_dict()))
+    assert (found["standing"], found["verdict"]) == ("running", None)
+    assert found["trials"] == {"wanted": 12, "counted": 4, "running": 1, "measured": 3, "failed": 1}
+    assert found["elapsed_s"] == pytest.approx(100, abs=5)
+    assert found["time_left_s"] > 0
+    assert (found["running"][0]["number"], found["running"][0]["stage"]) == (4, "weights")
+    assert (found["best"]["number"], found["best"]["score"], found["best"]["metric"]) == (2, 143, METRIC)
+    assert [(kind["kind"], kind["trials"]) for kind in found["failures"]] == [
+        ("out-of-memory", [{"number": 1, "stage": "kv-cache"}])
+    ]
+    write_status(folder, replace(StudyStatus.begin(1), pid_started=1))
+    found = summarize(folder).to_dict()
+    assert (found["standing"], found["running"], found["time_left_s"]) == ("killed", [], None)
+    assert "Run trial 2" in str(found["verdict"])
 
 
 def test_failures_are_counted_by_kind_with_the_remedy() -> None:
@@ -469,17 +488,28 @@ def test_failures_are_counted_by_kind_with_the_remedy() -> None:
     assert second == "hung x1 (trial 10): Wait."
 
 
-def test_the_time_left_follows_from_the_median_trial() -> None:
-    study, rows = make_study(verify={"top": 0}), [measured(i, 1.0, setting(4)) for i in range(4)]
-    assert time_left_s(study, [], {}, 2, 0.0) is None
-    live = {number: LiveTrial(number, Stage.LOAD, elapsed_s=35.0) for number in (4, 5)}
-    assert time_left_s(study, rows, live, 2, 0.0) == pytest.approx((2 * 35 + 6 * 70) / 2)
+def took(row: TrialRow, seconds: float) -> TrialRow:
+    return replace(row, result=replace(row.result, seconds={"total": seconds}))
+
+
+def test_the_time_left_follows_from_the_later_half_of_the_trials() -> None:
+    study = make_study(verify={"top": 0})
+    rows = [took(measured(i, 1.0, setting(4)), 10.0) for i in range(2)]
+    rows += [took(measured(2, 1.0, setting(4)), 60.0), took(failed(3, setting(4)), 20.0)]
+    assert time_left_s(study, [], {}, 1, 0.0) is None
+    assert time_left_s(study, rows, {}, 1, 0.0) == pytest.approx(8 * 40)
+    assert time_left_s(study, rows, {}, 1, 100.0 + 4 * 3.0) == pytest.approx(8 * (40 + 3))  # idle between trials
+    live = {4: LiveTrial(4, Stage.LOAD, elapsed_s=30.0)}  # longer than the failed one took
+    assert time_left_s(study, rows, live, 1, 0.0) == pytest.approx(30 + 7 * 40)
+    assert time_left_s(study, rows, {}, 2, 0.0) == pytest.approx(8 * 40 / 2 + 40 / 4)
     assert time_left_s(study, [measured(i, 1.0, setting(4)) for i in range(12)], {}, 2, 0.0) == 0
 
 
 def test_the_time_left_counts_the_restarts_of_the_finalists() -> None:
-    study, rows = make_study(), [measured(i, 1.0, setting(4)) for i in range(12)]
+    study = make_study()
+    rows = [measured(0, 1.0), *(measured(i, 1.0 + i, setting(4)) for i in range(1, 12))]
     assert time_left_s(study, rows, {}, 1, 0.0) == pytest.approx(15 * 70)
+    assert time_left_s(study, [measured(i, 1.0, setting(4) if i else None) for i in range(12)], {}, 1, 0.0) == 0
     assert verification_progress(study, rows) == ""
     begun = [*rows, *(again(12 + i, rows[i % 2], i // 2, 1.0) for i in range(4))]
     live = {16: LiveTrial(16, Stage.LOAD, elapsed_s=35.0)}
@@ -488,6 +518,14 @@ def test_the_time_left_counts_the_restarts_of_the_finalists() -> None:
     assert verification_progress(study, begun) == "4 of 10 restarts to verify"
     out = [*begun[:-1], again(16, rows[0], 2)]
     assert verification_progress(study, out) == "5 of 8 restarts to verify"
+
+
+def test_while_the_search_runs_as_many_finalists_are_expected_as_it_has_found_until_then() -> None:
+    study = make_study(verify={"top": 2, "restarts": 3})
+    none = [measured(0, 100.0), *(measured(i, 50.0, setting(4)) for i in range(1, 6))]
+    assert time_left_s(study, none, {}, 1, 0.0) == pytest.approx(6 * 70 + 6 / 7 * 2 * 3 * 70)
+    one = [*none[:5], measured(5, 150.0, setting(8))]
+    assert time_left_s(study, one, {}, 1, 0.0) == pytest.approx(6 * 70 + (1 + 2) * 3 * 70)
 
 
 def test_the_time_left_ends_with_the_time_budget() -> None:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import pandas as pd
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from optuna_dashboard import wsgi
+from prometheus_client.parser import text_string_to_metric_families
 
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.trial import State
@@ -21,6 +28,7 @@ from raytune_autotuner.tune.tell import CONSTRAINT
 from tests.studies import actor_of, command, marks, only_run, optuna_trials, run_study, write_study
 from tests.watched import Seen, run_watched
 
+METRICS_PAGE = "metrics.txt"
 FAULTS = {
     "oom@kv-cache": ("kv-cache", "out-of-memory"),
     "refuse@configuration": ("configuration", "invalid-config"),
@@ -77,6 +85,9 @@ def failing(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Resul
     )
     done, folder = run_study(study, "--address", ray_address)
     assert done.returncode == 0, done.stdout + done.stderr
+    (url,) = re.findall(r"metrics: (http://\S+)", folder.study_log.read_text())
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20) as page:
+        (folder.path / METRICS_PAGE).write_bytes(page.read())  # Ray forgets a gauge after twenty seconds
     return folder
 
 
@@ -137,6 +148,27 @@ def test_optuna_holds_every_trial_complete_and_finite(ordinary: tuple[Any, Resul
     assert (failed.state, failed.score, failed.penalty) == (State.FAILED, None, failed.violation)
 
 
+def asked_of_dashboard(journal: Path, path: str) -> Any:
+    """What Optuna's dashboard answers from the journal, without a port of its own."""
+    app = wsgi(JournalStorage(JournalFileBackend(str(journal))))
+    environ: dict[str, Any] = {"PATH_INFO": path}
+    setup_testing_defaults(environ)
+    return json.loads(b"".join(app(environ, lambda status, headers, *_: None)))
+
+
+def test_optunas_dashboard_opens_the_journal_as_it_is(ordinary: tuple[Any, ResultsFolder]) -> None:
+    _, folder = ordinary
+    (study,) = asked_of_dashboard(folder.optuna_log, "/api/studies")["study_summaries"]
+    trials = asked_of_dashboard(folder.optuna_log, f"/api/studies/{study['study_id']}")["trials"]
+    assert [trial["number"] for trial in trials] == [trial.number for trial in optuna_trials(folder)]
+    said = [{one["key"]: one["value"] for one in trial["user_attrs"]} for trial in trials]
+    failed = next(attributes for attributes in said if attributes["state"] == "failed")
+    row = folder.read_rows()[int(failed["trial"])]
+    assert row.result.failure is not None
+    assert (failed["stage"], failed["kind"]) == (str(row.result.failure.stage), str(row.result.failure.kind))
+    assert float(failed["penalty"]) == float(failed["violation"]) == row.penalty
+
+
 def test_the_results_folder_holds_all_that_is_promised(ordinary: tuple[Any, ResultsFolder]) -> None:
     _, folder = ordinary
     names = {path.name for path in folder.path.iterdir()}
@@ -172,6 +204,18 @@ def test_a_failure_is_told_with_its_stage_kind_and_a_finite_penalty(failing: Res
     assert math.isfinite(trial.value)
     assert 1 < trial.constraints[CONSTRAINT] <= 2
     assert trial.user_attrs["kind"] == FAULTS[fault][1]
+
+
+def test_rays_metrics_have_the_studys_own_figures_for_prometheus(failing: ResultsFolder) -> None:
+    page = (failing.path / METRICS_PAGE).read_text()
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    own = [sample for sample in samples if sample.labels.get("run") == failing.path.name]
+    names = ("trials", "trials_wanted", "best_score", "best_relative", "time_left_seconds", "failures_total")
+    assert {sample.name for sample in own} == {f"ray_autotuner_{name}" for name in names}
+    (measured,) = [s.value for s in own if (s.labels.get("state"), s.labels.get("part")) == ("measured", "search")]
+    assert measured == 1
+    first = [s.value for s in own if (s.labels.get("stage"), s.labels.get("kind")) == FAULTS["oom@kv-cache"]]
+    assert first == [1]
 
 
 def test_later_failures_cost_less(failing: ResultsFolder) -> None:

@@ -130,6 +130,7 @@ def test_a_failed_trial_is_complete_with_the_worst_value_and_says_why(storage: B
         "kind": "out-of-memory",
         "evidence": "CUDA out of memory",
         "penalty": 1.45,
+        "violation": 1.45,
     }
 
 

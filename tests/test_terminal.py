@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,16 @@ import pytest
 from rich.console import Console
 
 from raytune_autotuner.report.events import Events
-from raytune_autotuner.report.status import LiveTrial
+from raytune_autotuner.report.status import LiveTrial, StudyStatus, write_status
 from raytune_autotuner.report.table import differing, trial_table
-from raytune_autotuner.report.terminal import Ending, EventLines, StudyInfo, comparison_lines, make_watcher
+from raytune_autotuner.report.terminal import (
+    Ending,
+    EventLines,
+    StudyInfo,
+    comparison_lines,
+    follow,
+    make_watcher,
+)
 from raytune_autotuner.report.verdict import study_verdict, verdict
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.masking import assignment
@@ -39,6 +47,7 @@ from tests.report_samples import (
     setting,
     verified_rows,
 )
+from tests.study_folders import make_folder
 
 TWO = {"maximize": METRIC, "minimize": "ttft_ms_p90"}
 LINE = "HF_HUB_OFFLINE=1 " + "python -m engine --flag value " * 12 + "--end"
@@ -175,6 +184,22 @@ def test_no_variable_brings_control_codes_into_a_file(variable: str) -> None:
     )
     assert "trial 2 measured" in run.stdout
     assert "\x1b" not in run.stdout
+
+
+def test_a_study_that_runs_elsewhere_is_followed_to_its_end(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, sample_rows()[:2], phase="running")
+    stream = io.StringIO()
+
+    def go_on() -> None:
+        folder.write_rows(sample_rows())
+        write_status(folder, replace(StudyStatus.begin(1), phase="finished"))
+
+    later = threading.Timer(0.3, go_on)
+    later.start()
+    follow(folder, EventLines(stream))
+    later.join()
+    assert f"results: {folder.path}" in stream.getvalue()
+    assert "trial 2 measured" in stream.getvalue()
 
 
 # The end

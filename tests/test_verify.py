@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from raytune_autotuner import cli
+from raytune_autotuner.manual import WRONG_USE
 from raytune_autotuner.report.recheck import Claim, Gain, Recheck, claim_of, recheck
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import study_verdict
@@ -263,7 +264,7 @@ def test_a_flag_that_the_engine_has_no_more_is_named_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = earlier(tmp_path, {"max-num-sequences": 64})
-    assert cli.main(["verify", str(run.path)]) == cli.WRONG_USE
+    assert cli.main(["verify", str(run.path)]) == WRONG_USE
     said = capsys.readouterr().err
     assert "the simulated engine has no flag --max-num-sequences" in said
     assert "trial 1 of" in said

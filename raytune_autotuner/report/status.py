@@ -18,9 +18,10 @@ from typing import Any, Literal
 from raytune_autotuner.report.results import ResultsFolder, write_json
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import State, TrialRow
+from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 
 Phase = Literal["running", "finished", "interrupted"]
+Standing = Literal["not started", "running", "killed", "finished", "interrupted"]
 STALE_S = 60.0
 """A driver on another machine that was silent for so long is taken for dead."""
 
@@ -55,10 +56,10 @@ class StudyStatus:
     live: tuple[LiveTrial, ...] = ()
 
     @classmethod
-    def begin(cls, concurrency: int) -> StudyStatus:
-        """The status of a study that this process starts to drive now."""
+    def begin(cls, concurrency: int, elapsed_s: float = 0.0) -> StudyStatus:
+        """The status of a study that this process starts to drive now; it has run for `elapsed_s` before."""
         now, pid = time.time(), os.getpid()
-        return cls("running", now, now, pid, _started(pid) or 0, socket.gethostname(), concurrency)
+        return cls("running", now - elapsed_s, now, pid, _started(pid) or 0, socket.gethostname(), concurrency)
 
     @property
     def elapsed_s(self) -> float:
@@ -90,34 +91,100 @@ def read_status(folder: ResultsFolder) -> StudyStatus | None:
     return StudyStatus(**values, live=live)
 
 
+def standing_of(status: StudyStatus | None) -> Standing:
+    """Where a study run is, from what its driver said last."""
+    if status is None:
+        return "not started"
+    return "killed" if status.phase == "running" and not status.driver_alive else status.phase
+
+
 def time_left_s(
     study: Study, rows: Sequence[TrialRow], live: Mapping[int, LiveTrial], concurrency: int, elapsed_s: float
 ) -> float | None:
-    """Seconds until the last trial's end, from the median trial so far; None before the first has ended."""
-    ended = [row for row in rows if row.state.teaches]
-    durations = [row.result.seconds["total"] for row in ended if "total" in row.result.seconds]
-    if not durations:
+    """Seconds until the last restart's end, from the trials so far; None before the first has ended.
+
+    A trial to come takes what the later half of the search's trials took in the mean, failed ones included: a search
+    learns to fail less. A restart takes what the best settings and the defaults took. To each comes the time for
+    which slots stood idle between trials.
+    """
+    ended = [row for row in rows if row.state.teaches and "total" in row.result.seconds]
+    if not ended:
         return None
-    median = statistics.median(durations)
-    running = [max(median - trial.elapsed_s, 0.0) for trial in live.values()]
-    again = {row.number for row in rows if row.verifies is not None}
-    searched = sum(row.counts for row in ended) + len(live.keys() - again)
-    waiting = (0 if again else max(study.search.trials - searched, 0)) + verifications_left(study, rows)
-    left = (sum(running) + waiting * median) / max(min(concurrency, waiting + len(running)), 1)
-    left = max(left, *running, 0.0) if running else left
+    usual = _seconds([row for row in ended if row.verifies is None] or ended)
+    usual = usual[len(usual) // 2 :]
+    idle_s = _idle_s(rows, live, concurrency, elapsed_s)
+    restart_s = statistics.fmean(_seconds(finalists_so_far(study, ended) or ended)) + idle_s
+    restarts = verifications_left(study, rows)
+    running = [_rest_s(usual, trial.elapsed_s) for trial in live.values()]
+    if any(row.verifies is not None for row in rows):
+        left = _phase_s(running, restarts, restart_s, concurrency)
+    else:
+        trials = max(study.search.trials - sum(row.counts for row in ended) - len(live), 0)
+        left = _phase_s(running, trials, statistics.fmean(usual) + idle_s, concurrency)
+        left += _phase_s([], restarts, restart_s, concurrency)
     budget = study.search.time_budget
-    return left if budget is None else min(left, max(budget - elapsed_s, 0.0) + median)
+    return left if budget is None else min(left, max(budget - elapsed_s, 0.0) + statistics.fmean(usual))
 
 
-def verifications_left(study: Study, rows: Sequence[TrialRow]) -> int:
-    """How many engine starts of the finalists and the baseline are still to begin, at most."""
+def _phase_s(running: Sequence[float], waiting: float, each_s: float, concurrency: int) -> float:
+    """Until all of a phase have ended, several at a time: the last ones do not end together."""
+    loose_s = each_s * (concurrency - 1) / (2 * concurrency) if waiting else 0.0
+    return max((sum(running) + waiting * each_s) / concurrency + loose_s, max(running, default=0.0))
+
+
+def _seconds(rows: Sequence[TrialRow]) -> list[float]:
+    return [row.result.seconds["total"] for row in rows]
+
+
+def _idle_s(rows: Sequence[TrialRow], live: Mapping[int, LiveTrial], concurrency: int, elapsed_s: float) -> float:
+    """For how long a slot stood idle before a trial, in the mean."""
+    busy = [row.result.seconds["total"] for row in rows if "total" in row.result.seconds]
+    busy += [trial.elapsed_s for trial in live.values()]
+    return max(elapsed_s * concurrency - sum(busy), 0.0) / len(busy)
+
+
+def _rest_s(usual: Sequence[float], elapsed_s: float) -> float:
+    """What is left of a trial that runs: in the mean what those had left that took longer than it has until now."""
+    longer = [seconds for seconds in usual if seconds > elapsed_s]
+    return statistics.fmean(longer) - elapsed_s if longer else 0.0
+
+
+def finalists_so_far(study: Study, rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """The baseline and the settings that would be measured again if the search ended now; empty where none beats it."""
+    baseline = next((row for row in rows if row.name == BASELINE and row.score is not None), None)
+    if baseline is None:
+        return []
+    sign = -1.0 if study.objective.direction == "maximize" else 1.0
+
+    def key(row: TrialRow) -> float:
+        return sign * (row.score or 0.0)
+
+    several = len(study.objective.targets) > 1
+    found = [row for row in rows if row.feasible and row.verifies is None and row.name != BASELINE]
+    best = sorted((row for row in found if several or key(row) < key(baseline)), key=key)[: study.verify.top]
+    return [baseline, *best] if best else []
+
+
+def verifications_left(study: Study, rows: Sequence[TrialRow]) -> float:
+    """How many engine starts of the finalists and the baseline are still to begin; while the search runs, expected."""
     again = [row for row in rows if row.verifies is not None]
     # Once a second round has begun, all settings have had their first start.
     known = any((row.restart or 0) > 0 for row in again)
-    settings = {row.verifies for row in again} if known else range(study.verify.top + 1 if study.verify.top else 0)
+    settings = len({row.verifies for row in again}) if known else _settings_to_verify(study, rows)
     out = {row.verifies for row in again if row.state is State.FAILED}
     begun = sum(row.state.teaches or not row.state.finished for row in again if row.verifies not in out)
-    return max((len(settings) - len(out)) * study.verify.restarts - begun, 0)
+    return max((settings - len(out)) * study.verify.restarts - begun, 0)
+
+
+def _settings_to_verify(study: Study, rows: Sequence[TrialRow]) -> float:
+    """As many as the trials to come will leave, if they beat the baseline as often as those before: Laplace's rule."""
+    if taken := sum(row.state is State.EARLIER for row in rows):
+        return taken
+    counted = [row for row in rows if row.counts]
+    left = 0 if any(row.verifies is not None for row in rows) else max(study.search.trials - len(counted), 0)
+    better = max(len(finalists_so_far(study, counted)) - 1, 0)
+    expected = min(better + left * (better + 1) / (len(counted) + 1), study.verify.top)
+    return expected + min(expected, 1.0)
 
 
 def progress(study: Study, rows: Sequence[TrialRow], detail: str = "") -> str:
@@ -138,7 +205,7 @@ def verification_progress(study: Study, rows: Sequence[TrialRow]) -> str:
         return ""
     done = sum(row.state.teaches for row in rows if row.verifies is not None)
     running = sum(not row.state.finished for row in rows if row.verifies is not None)
-    return f"{done} of {done + running + verifications_left(study, rows)} restarts to verify"
+    return f"{done} of {done + running + round(verifications_left(study, rows))} restarts to verify"
 
 
 def format_duration(seconds: float) -> str:

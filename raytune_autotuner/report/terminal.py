@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -19,8 +19,9 @@ from rich.text import Text
 
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.recheck import Recheck
+from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import LiveTrial, format_duration, progress, time_left_s
-from raytune_autotuner.report.summary import failure_lines
+from raytune_autotuner.report.summary import Summary, failure_lines, summarize
 from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far, changes
 from raytune_autotuner.report.wording import contender_cells, format_number
@@ -31,7 +32,9 @@ from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
 __all__ = ["Ending", "EventLines", "LiveTable", "LiveTrial", "StudyInfo", "Watcher", "make_watcher", "print_ending"]
-_REFRESHES_PER_S = 4.0
+_REFRESHES_PER_S = 1.0
+"""For the clocks; what is new is drawn at once."""
+_FOLLOW_S = 1.0
 _TEXTS = 2
 """How many columns of the table of finalists are text; the others are numbers."""
 
@@ -53,6 +56,8 @@ class StudyInfo:
     """The engine's own values for parameters of the space, as far as it tells."""
     verifies: bool = False
     """Whether nothing is searched: an earlier run's winner and baseline are measured again."""
+    elapsed_s: float = 0.0
+    """For how long the study has run already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,8 @@ class LiveTable:
     def started(self, info: StudyInfo) -> None:
         self._info = info
         self._events = Events(info.study, self._verbose)
-        self._begun = self._updated = time.monotonic()
+        self._updated = time.monotonic()
+        self._begun = self._updated - info.elapsed_s
         for line in opening_lines(info):
             self._console.print(Text(line), soft_wrap=True)
         self._screen = Live(
@@ -168,6 +174,8 @@ class LiveTable:
             self._latest = str(event)
             if self._verbose:
                 self._console.print(Text(str(event), style="dim"), soft_wrap=True)
+        if self._screen is not None:
+            self._screen.refresh()
 
     def finished(self, ending: Ending) -> None:
         self.update(ending.rows, {})
@@ -210,6 +218,31 @@ class LiveTable:
         return lines
 
 
+def follow(folder: ResultsFolder, watcher: Watcher, refresh: Callable[[], None] = lambda: None) -> None:
+    """Show a study that another process runs, until it ends or is killed; returns at once where it does not run.
+
+    `refresh` brings the folder up to date, where it is a copy.
+    """
+    found = summarize(folder)
+    if found.status is None or not _runs(found):
+        return
+    elapsed_s = time.time() - found.status.started_at
+    watcher.started(StudyInfo(found.study, folder.path, found.status.concurrency, elapsed_s=elapsed_s))
+    try:
+        while _runs(found):
+            watcher.update(found.rows, found.live)
+            time.sleep(_FOLLOW_S)
+            refresh()
+            found = summarize(folder)
+        watcher.update(found.rows, {})
+    finally:
+        watcher.close()
+
+
+def _runs(found: Summary) -> bool:
+    return found.standing == "running"
+
+
 def opening_lines(info: StudyInfo) -> list[str]:
     """What is said before the first trial."""
     study, objective = info.study, info.study.objective
@@ -246,17 +279,20 @@ def best_line(study: Study, best: TrialRow) -> str:
 
 def print_ending(console: Console, info: StudyInfo, ending: Ending) -> None:
     """The answer: verdict, changes, launch lines, failures with remedies, where everything is, what to do next."""
+    next_steps = [("next", "bold"), *((line, "") for line in _next_steps(info, ending))]
     sections = [
         _how_it_ended(ending),
         [(line, "") for line in comparison_lines(ending.verdict, console.width)],
         _changed(info, ending.verdict),
         _failures(ending.rows),
-        [("next", "bold"), *((line, "") for line in _next_steps(info, ending))],
+        next_steps,
     ]
     console.print()
     for section in sections:
+        # On a terminal sentences break between words; what is to be pasted stays a line.
+        whole = section is next_steps or not console.is_terminal
         for line, style in section:
-            console.print(Text(line, style=style), soft_wrap=True)
+            console.print(Text(line, style=style), soft_wrap=whole)
         if section:
             console.print()
     _print_launch(console, ending)

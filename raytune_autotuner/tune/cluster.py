@@ -83,6 +83,8 @@ class Cluster:
     """Ray's id of the driver's own node."""
     had_gpus: bool = False
     """Whether there were GPUs at an earlier look; their nodes may be gone, but no trial does without."""
+    metrics_url: str | None = None
+    """Where the driver's node shows Ray's metrics and the study's own, for Prometheus."""
 
     @property
     def login_hint(self) -> str | None:
@@ -228,7 +230,7 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
     try:
         url = getattr(context, "dashboard_url", None)
         here = ray.get_runtime_context().get_node_id()
-        yield Cluster(_living_nodes(), f"http://{url}" if url else None, here)
+        yield Cluster(_living_nodes(), f"http://{url}" if url else None, here, metrics_url=_metrics_url(here))
     finally:
         ray.shutdown()
 
@@ -291,6 +293,14 @@ def _node(said: Mapping[str, Any]) -> Node:
     has = said["Resources"]
     accelerators = tuple(name.removeprefix(ACCELERATOR) for name in has if name.startswith(ACCELERATOR))
     return Node(has.get("CPU", 0.0), has.get("GPU", 0.0), said["NodeID"], accelerators, dict(said["Labels"]))
+
+
+def _metrics_url(node_id: str) -> str | None:
+    import ray
+
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)  # type: ignore[no-untyped-call]
+    port = node["MetricsExportPort"]
+    return f"http://{node['NodeManagerAddress']}:{port}/metrics" if port > 0 else None
 
 
 def _check_path(python: str) -> None:

@@ -31,7 +31,7 @@ from raytune_autotuner.report.recheck import Claim, Recheck, answer_of, claim_no
 from raytune_autotuner.report.results import SUGGESTION, ResultsFolder, cut_half_line
 from raytune_autotuner.report.runs import create_run
 from raytune_autotuner.report.sparing import Sparing
-from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
+from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, time_left_s, write_status
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
@@ -50,6 +50,7 @@ from raytune_autotuner.tune.cluster import Cluster, address_of, node_answers, ru
 from raytune_autotuner.tune.early_stop import StopHopeless
 from raytune_autotuner.tune.engine_there import engine_of
 from raytune_autotuner.tune.files import FarFiles
+from raytune_autotuner.tune.gauges import Gauges
 from raytune_autotuner.tune.monitor import TICK_S, start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.resume import check_claim, check_versions, elapsed_before_s, kept_rows, unfinished_run
@@ -166,6 +167,7 @@ class _Run:
         self.mirror = None if self.folder.store is None else Mirror(self.folder.path, self.folder.store, self._warn)
         self.events = Events(self.study, verbose=True)
         self.board = TensorBoardWriter(self.folder, self.study)
+        self.gauges = Gauges(self.study, self.folder.path.name)
         self.monitor = start_monitor(self.folder.path.name, limits.timeout_s, limits.hung_after_s)
         self.files = FarFiles()
         self.reporter = TrialReporter(
@@ -180,7 +182,7 @@ class _Run:
         self.show, self.refresh = Sparing(self._show), Sparing(self._refresh)
         self.keep_tables = Sparing(self._write_tables)
         self.again = self._take_over() if self.resumed else []
-        self.status = StudyStatus.begin(self.slots)
+        self.status = StudyStatus.begin(self.slots, self._elapsed_s)
         write_status(self.folder, self.status)
         self.folder.write_versions(versions(self.engine, self.cluster))
         if self.verifies is not None:
@@ -230,6 +232,7 @@ class _Run:
         engine = ", ".join(f"{name} {number}" for name, number in self.engine.versions().items())
         yield from (f"engine: {engine}", f"cluster: {self.cluster.shape}", *claim_notes(self.folder))
         yield from [f"results are brought to {self.folder.store}"] if self.folder.store is not None else []
+        yield from [f"metrics: {self.cluster.metrics_url}"] if self.cluster.metrics_url else []
         if self.verifies is None:
             yield f"sampler: {sampler}"
             yield from quality_notes(self.study)
@@ -241,9 +244,17 @@ class _Run:
             yield f"resumed: {kept} trials kept, {len(self.again)} interrupted ones run again"
 
     def _tell_start(self, notes: Sequence[str]) -> None:
-        cluster, defaults, verifies = self.cluster, self.engine.defaults(), self.verifies is not None
-        seen_at = (cluster.dashboard_url, cluster.login_hint)
-        info = StudyInfo(self.study, self.folder.path, self.slots, *seen_at, tuple(notes), defaults, verifies)
+        info = StudyInfo(
+            self.study,
+            self.folder.path,
+            self.slots,
+            self.cluster.dashboard_url,
+            self.cluster.login_hint,
+            tuple(notes),
+            self.engine.defaults(),
+            verifies=self.verifies is not None,
+            elapsed_s=self._elapsed_s,
+        )
         self.watcher.started(info)
         for note in notes:
             self.log.write_study(note)
@@ -437,6 +448,7 @@ class _Run:
         rows = self.reporter.rows
         live = {row.number: self._live(row) for row in self.reporter.live if row.state is State.RUNNING}
         self.watcher.update(rows, live)
+        self.gauges.show(rows, time_left_s(self.study, rows, live, self.slots, self._elapsed_s))
         for event in self.events.since(rows, live):
             self.log.write(event.stage, event.text, event.trial)
         self.status = replace(self.status, updated_at=time.time(), live=tuple(live.values()))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -85,6 +87,9 @@ class StudySearch(OptunaSearch):
             storage=storage,
             study_name=study.study,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self.ot_study.set_metric_names([metric for metric, _ in study.objective.targets])  # for dashboards
         if not reporter.verifies_only and not self.ot_study.get_trials(deepcopy=False):
             self._learn(learned)
             self._enqueue_first_points(best_of(study, learned))

@@ -152,6 +152,7 @@ class Teller:
             return
         if violation is not None and not self._values_only:
             ot_trial.set_constraint(CONSTRAINT, violation)
+            ot_trial.set_user_attr(CONSTRAINT, violation)  # dashboards show these
         ot_study.tell(ot_trial, values, state=TrialState.COMPLETE)
         if self._grade == "elapsed":
             self._warn_of_conflict(ot_study)

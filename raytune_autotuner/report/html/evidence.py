@@ -15,7 +15,7 @@ from typing import Any
 from raytune_autotuner.report.finalists import Contender, contenders, started
 from raytune_autotuner.report.recheck import Recheck, answer_of
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import StudyStatus, format_duration, read_status
+from raytune_autotuner.report.status import Standing, StudyStatus, format_duration, read_status, standing_of
 from raytune_autotuner.report.verdict import Verdict, baseline_of
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.masking import mask_values
@@ -102,13 +102,9 @@ class Evidence:
         return self.answer if isinstance(self.answer, Recheck) else None
 
     @property
-    def standing(self) -> str:
-        """`running`, `finished`, `interrupted`, `killed` or `not started`."""
-        if self.status is None:
-            return "not started"
-        if self.status.phase == "running" and not self.status.driver_alive:
-            return "killed"
-        return str(self.status.phase)
+    def standing(self) -> Standing:
+        """Where the run is."""
+        return standing_of(self.status)
 
     @property
     def elapsed(self) -> str:
