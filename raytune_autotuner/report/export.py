@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -81,7 +81,7 @@ def describe(
     secrets = tuple(name for name in variables if is_secret(name))
     return Serving(
         name=_dns_label(f"vllm-{study.study}"),
-        model=_model(folder, study, place or row),
+        model=_model(folder, study, (row, place or row)),
         served_name=_served_name(study.model),
         arguments=tuple(mask(part) for part in as_flags(flags)),
         config={name: json.dumps(v) if isinstance(v, list) else v for name, v in mask_values(flags).items()},
@@ -124,19 +124,20 @@ def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) ->
     return f"{line}\n"
 
 
-def _model(folder: ResultsFolder, study: Study, row: TrialRow) -> str:
-    """A hub id, or a folder's whole path: of a bundled model the one that the trial loaded."""
+def _model(folder: ResultsFolder, study: Study, trials: Sequence[TrialRow]) -> str:
+    """A hub id, or a folder's whole path: of a bundled model the one that one of the trials loaded."""
     if Path(study.model).expanduser().is_absolute():
         return str(Path(study.model).expanduser())
     if not study.model.startswith("bundled:"):
         return study.model
-    argv = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("argv", [])
-    for before, part in pairwise(argv):
-        if before in ("--model", "serve"):
-            return str(part)
+    for row in trials:
+        argv = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("argv", [])
+        for before, part in pairwise(argv):
+            if before in ("--model", "serve"):
+                return str(part)
     raise ConfigError(
-        f"--trial {row.number}: its model is {study.model}, and where that lies is not known, as the trial has left "
-        "no command.json. Export a trial that was started."
+        f"--trial {trials[0].number}: its model is {study.model}, and where that lies is not known, as the trial has "
+        "left no command.json. Export a trial that was started."
     )
 
 

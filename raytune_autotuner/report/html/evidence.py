@@ -117,10 +117,9 @@ class Evidence:
 
     def command(self, row: TrialRow) -> Mapping[str, Any]:
         """How the row's engine was started (`command.json`); empty where that was not written, or on dummy weights."""
-        place = started(row, self.rows)
-        if place.verifies is None and self.study.engine.search_weights == "dummy":
-            return {}
-        return _read_json(self.trial_dir(place) / "command.json")
+        dummy = self.study.engine.search_weights == "dummy"
+        places = [one for one in (started(row, self.rows), row) if one.verifies is not None or not dummy]
+        return next(filter(None, (_read_json(self.trial_dir(one) / "command.json") for one in places)), {})
 
 
 def gather(folder: ResultsFolder) -> Evidence:
