@@ -132,7 +132,9 @@ def _load_study(file: Path, overrides: Sequence[str]) -> Study:
 
 def _results(arguments: argparse.Namespace, study: Study) -> Path | Store:
     """Where the study's runs lie: as the command line says, or the study, or in `results`."""
-    return arguments.results or _place(study.results or DEFAULT_RESULTS)
+    from raytune_autotuner.report.store import place
+
+    return arguments.results or place(study.results or DEFAULT_RESULTS, in_study=True)
 
 
 def _place(text: str) -> Path | Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Search:
     def end(self, trial_id: str, score: float) -> None:
         """The trial is measured."""
         result = TrialResult({METRIC: score, **QUALITY}, None, {"total": 1.0}, ("an answer",))
-        self.searcher.on_trial_complete(trial_id, {RESULT: result.to_dict(), SCORE: score})
+        self.searcher.on_trial_complete(trial_id, {RESULT: json.dumps(result.to_dict()), SCORE: score})
 
     def suggest(self, trial_id: str) -> Any:
         """As Ray Tune asks for a trial."""

@@ -38,7 +38,8 @@ def test_a_study_in_a_bucket_outlives_an_outage_and_is_read_from_elsewhere(
 ) -> None:
     for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    bucket = Store(s3.at("studies"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3.port}")
+    bucket = Store(f"s3://{s3.bucket}/studies")
     study = write_study(tmp_path, results=str(bucket), search={"trials": 3}, resources={"max_concurrent": 1})
     run = command(study, "--address", ray_address)
     run[run.index("--results") : run.index("--results") + 2] = []

@@ -118,6 +118,12 @@ def test_a_uri_without_a_bucket_or_with_a_host_is_told_how_to_be_written(uri: st
         place(uri)
 
 
+def test_a_study_does_not_choose_where_credentials_go() -> None:
+    assert place("s3://bucket/path?region=eu-west-1", in_study=True) == Store("s3://bucket/path?region=eu-west-1")
+    with pytest.raises(ConfigError, match="a study may not name an endpoint"):
+        place("s3://bucket/path?endpoint_override=evil.example&scheme=http", in_study=True)
+
+
 def test_a_parameter_that_pyarrow_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bla"):
         opened("s3://bucket/path?bla=1").check_writable()

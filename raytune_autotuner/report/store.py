@@ -28,6 +28,7 @@ _DEFAULTS = {
     "s3": ("allow_delayed_open", "true"),  # a small object in one request, not in three
     "gs": ("retry_limit_seconds", "10"),  # else it tries for 15 minutes
 }
+_ENDPOINT = "endpoint_override"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -62,9 +63,7 @@ class Store:
     def local(self) -> Path:
         """A relative path for its copies on a machine: `s3-localhost-9000/bucket/path`."""
         parts = urlsplit(self.uri)
-        endpoint = parse_qs(parts.query).get("endpoint_override", [""])[0] or (
-            _endpoint() if parts.scheme == "s3" else ""
-        )
+        endpoint = parse_qs(parts.query).get(_ENDPOINT, [""])[0] or (_endpoint() if parts.scheme == "s3" else "")
         scheme = "-".join(filter(None, [parts.scheme, *re.split(r"[^\w.]+", endpoint)]))
         return Path(scheme, parts.netloc, parts.path.strip("/"))
 
@@ -132,8 +131,11 @@ class Store:
         return {name: info for name, info in names.items() if is_inside(name)}
 
 
-def place(text: str) -> Path | Store:
-    """A folder's path, or a store where `text` is a URI; raises `ConfigError` for a URI that cannot be one."""
+def place(text: str, in_study: bool = False) -> Path | Store:
+    """A folder's path, or a store where `text` is a URI; raises `ConfigError` for a URI that cannot be one.
+
+    One that stands in a study may not choose an endpoint, to which this machine's credentials would go.
+    """
     scheme, colon, _ = text.partition("://")
     if not colon:
         return Path(text)
@@ -149,6 +151,11 @@ def place(text: str) -> Path | Store:
     if (scheme == "file") == bool(parts.netloc) or not is_inside(parts.path.strip("/")):
         example = "file:///shared/results" if scheme == "file" else f"{scheme}://bucket/path"
         raise ConfigError(f"results {shown(text)}: write it as {example}.")
+    if in_study and _ENDPOINT in parse_qs(parts.query):
+        raise ConfigError(
+            f"results {shown(text)}: a study may not name an endpoint, as credentials go there. Set AWS_ENDPOINT_URL, "
+            "or write the URI on the command line."
+        )
     return Store(text.rstrip("/"))
 
 

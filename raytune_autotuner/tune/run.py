@@ -384,6 +384,7 @@ class _Run:
     def _keep_up(self) -> None:
         self.refresh()
         self.keep_tables()
+        self.files.refresh(self._running())  # which spares itself: a node that is lost meanwhile takes the rest along
 
     def _placement(self, params: Params) -> dict[str, Any]:
         return self.cluster.trial_config(self.study, self.engine, params)
@@ -408,7 +409,6 @@ class _Run:
             return
         self._show()
         write_status(self.folder, self.status)
-        self.files.refresh(self._running())
 
     def _running(self) -> dict[str, list[Path]]:
         """The folders of running trials, by the node on which they are written."""

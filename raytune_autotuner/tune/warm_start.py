@@ -41,7 +41,9 @@ def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learne
 
     Raises `ConfigError` for a folder that is none, or whose study differs in what makes figures comparable.
     """
-    return [_learn(study, versions, open_run(place(text), trials="")) for text in study.search.warm_start]
+    return [
+        _learn(study, versions, open_run(place(text, in_study=True), trials="")) for text in study.search.warm_start
+    ]
 
 
 def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
