@@ -17,6 +17,8 @@ class Launch:
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
+    ready: str = "/health"
+    """The path that answers with status 200 once the server is up."""
 
 
 class Engine(Protocol):
@@ -25,6 +27,10 @@ class Engine(Protocol):
     @property
     def rules(self) -> LogRules:
         """How its log tells stages and failures."""
+
+    @property
+    def base_url(self) -> str | None:
+        """Where it runs already, so that nothing is started, stopped or changed; None: each trial starts its own."""
 
     @property
     def served_model(self) -> str:
@@ -44,10 +50,10 @@ class Engine(Protocol):
         """End what `preflight` and `refuse` keep running; harmless where nothing runs, and both may be called again."""
 
     def launch(self, params: Params, port: int) -> Launch:
-        """The command that serves the setting `params` on 127.0.0.1:`port`."""
+        """The command that serves the setting `params` on 127.0.0.1:`port`; not called where there is a `base_url`."""
 
     def launch_lines(self, params: Params) -> tuple[str, str]:
-        """(a shell line that works on this machine, the plain form for elsewhere), for people to paste."""
+        """(a shell line that works on this machine, the plain form for elsewhere), for people to paste; or empty."""
 
     def parallel_size(self, params: Params) -> int:
         """GPUs that the setting needs where GPUs are used: tensor x pipeline x data parallel size."""

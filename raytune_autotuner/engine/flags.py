@@ -6,12 +6,14 @@ In: names as they stand in a study (a flag without its dashes, or `env:NAME`) wi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from raytune_autotuner.study.space import format_value
 
 _VARIABLE = "env:"
+PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
 
 def flag(name: str, value: Any) -> list[str]:
@@ -28,6 +30,11 @@ def flag(name: str, value: Any) -> list[str]:
         return [f"--{name}" if value else f"--no-{name}"]
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+
+
+def parallel_size(setting: Mapping[str, Any]) -> int:
+    """GPUs of a setting by the flags that vLLM and SGLang share: tensor x pipeline x data parallel size."""
+    return math.prod(int(setting.get(name) or 1) for name in PARALLEL)
 
 
 def is_flag(name: str) -> bool:

@@ -15,11 +15,12 @@ from enum import Enum, auto
 from itertools import product
 from typing import NamedTuple
 
-from raytune_autotuner.engine.rules import SIMULATED_RULES, VLLM_RULES, FailureRule, LogRules, StageRule
+from raytune_autotuner.engine.rules import ANY_RULES, SIMULATED_RULES, VLLM_RULES, FailureRule, LogRules, StageRule
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.masking import mask
 
 __all__ = [
+    "ANY_RULES",
     "SIMULATED_RULES",
     "VLLM_RULES",
     "Diagnosis",
@@ -162,7 +163,7 @@ def _clean(text: str) -> str:
     """A line fit to be shown: one line, no control characters, no secrets, at most `EVIDENCE_LENGTH` characters."""
     for pattern in (_ANSI, _CONTROL, _TAIL):
         text = re.sub(pattern, "", text)
-    text = " ".join(mask(text).split())
+    text = " ".join(mask(text).split()).strip("│ ")  # around which some command lines draw a box
     return text if len(text) <= EVIDENCE_LENGTH else text[: EVIDENCE_LENGTH - 1] + "…"
 
 
@@ -259,7 +260,7 @@ def _complaint(first: str, *rest: str) -> str:
 
 _NOTABLE = (
     *("rror", "raceback", "xception", "ERROR", "CRITICAL", "died", "ail", "hut", "SIG", "nterrupt", "xit", "erminat"),
-    *("fault", "non-default", "not found", "named"),
+    *("fault", "non-default", "not found", "named", "o such", "nvalid", "ot defined"),
 )
 """What lines have that tell of an error, a stop or a fresh start; the others are skipped at little cost."""
 

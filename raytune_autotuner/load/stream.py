@@ -50,13 +50,13 @@ class TokenStream:
         if len(self._rest) > _MAX_EVENT_BYTES:
             raise BadAnswer(f"no event in {len(self._rest):,} bytes: {short(self._rest)}")
 
-    def close(self, tokens_wanted: int) -> None:
-        """The answer has ended: raises `BadAnswer` where it is not a full one."""
+    def close(self, tokens_wanted: int, exact: bool = True) -> None:
+        """The answer has ended: raises `BadAnswer` where it is not a full one, or not `exact`, too long a one."""
         if self._rest.strip():
             raise BadAnswer(f"answer cut short after {short(self._rest)!r}")
         if self.tokens_out is None:
             raise BadAnswer(f"answer cut short: no usage after {len(self.times_s)} chunks")
-        if self.tokens_out != tokens_wanted:
+        if self.tokens_out != tokens_wanted and (exact or not 0 < self.tokens_out < tokens_wanted):
             raise BadAnswer(f"{tokens_wanted} output tokens wanted, {self.tokens_out} answered")
         if not self.times_s:
             raise BadAnswer("no token arrived")
@@ -80,16 +80,28 @@ class TokenStream:
             raise BadAnswer(f"not a chunk: {short(data)!r}")
         if chunk.get("error"):
             raise BadAnswer(f"error in the stream: {_message(chunk)}")
-        if chunk.get("choices"):
+        if _brings_token(chunk):
             self.times_s.append(now_s)
         if isinstance(usage := chunk.get("usage"), dict):
             self.tokens_in, self.tokens_out = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+            if self.tokens_out and not self.times_s and chunk.get("choices"):  # of tokens that make no text
+                self.times_s.append(now_s)
 
 
 def _is_plain_token(event: bytes) -> bool:
+    if b'"role":' in event:  # the opening of a chat
+        return False
     if b'"choices":[{' in event:
         return b'"usage":{' not in event
     return b'"choices": [{' in event and b'"usage": {' not in event
+
+
+def _brings_token(chunk: dict[str, Any]) -> bool:
+    """Whether a token has come: not with the opening of a chat, nor with a usage beside a choice without text."""
+    choices = [choice for choice in chunk.get("choices") or () if isinstance(choice, dict)]
+    told = [choice.get("delta") or {"text": choice.get("text")} for choice in choices]
+    may_be_empty = isinstance(chunk.get("usage"), dict) or any("role" in part for part in told)
+    return bool(choices) and (not may_be_empty or any(part[name] for part in told for name in part if name != "role"))
 
 
 def _count(usage: dict[str, Any], name: str) -> int | None:

@@ -77,7 +77,8 @@ def render(study: Study, row: TrialRow, launch: str | None, folder: Path | None)
         lines.append(_line("launch", launch))
     if folder is not None:
         lines.append(_line("files", str(folder)))
-        lines.append(_line("its log", f"python -m raytune_autotuner logs {folder} {row.number} --engine"))
+        whose = " --engine" if launch is not None else ""
+        lines.append(_line("its log", f"python -m raytune_autotuner logs {folder} {row.number}{whose}"))
     return "\n".join(lines)
 
 
@@ -94,7 +95,8 @@ def as_values(study: Study, row: TrialRow, launch: str | None, folder: Path | No
 
 def _head(study: Study, row: TrialRow) -> Iterator[str]:
     yield f"{study.study}: {study.model} on {study.engine.kind}"
-    yield _line("setting", describe_params(row.params) if row.params else "the baseline: defaults and fixed arguments")
+    as_it_is = "the server as it runs" if study.engine.kind == "running" else "the baseline: defaults, fixed arguments"
+    yield _line("setting", describe_params(row.params) if row.params else as_it_is)
     seconds = row.result.seconds
     if "total" in seconds:
         parts = ", ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items() if phase != "total")

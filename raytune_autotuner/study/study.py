@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -49,6 +50,22 @@ _TRAFFIC = re.compile(
 )
 _ENGINES_OF_OURS = {"vllm", "simulated"}
 """Kinds that name no program."""
+PLACEHOLDER = re.compile(r"\{([A-Za-z][\w.-]*)\}")
+"""A name in braces in `engine.command`, in whose place a value goes."""
+ALWAYS_KNOWN = ("model", "host", "port", "python")
+"""Placeholders that are no parameters."""
+# Which kinds of engine a key of `engine` is for, where not for all.
+_ONLY_OF = {
+    **dict.fromkeys(("command", "ready", "version"), ("command",)),
+    "base_url": ("running",),
+    **dict.fromkeys(("served_model", "api", "request", "exact_lengths"), ("command", "running")),
+    **dict.fromkeys(("args", "env"), ("vllm", "simulated", "command")),
+    "search_weights": ("vllm", "simulated"),
+}
+_NEEDED = (
+    ("command", "command", '[llama-server, -m, "{model}", --port, "{port}"]'),
+    ("running", "base_url", "http://127.0.0.1:8000"),
+)
 # Arguments that the autotuner itself gives to the engine.
 _RESERVED_ARGS = {"host", "port", "model", "served-model-name", "config", "api-key", "uds"}
 
@@ -118,8 +135,9 @@ def _check_own(section: str, name: str) -> None:
 class EngineSpec(_Model):
     """Which engine, with which fixed arguments."""
 
-    kind: Literal["vllm", "simulated"] = "vllm"
-    """`simulated` is a real server with a made-up machine behind it, for a first look and for tests."""
+    kind: Literal["vllm", "simulated", "command", "running"] = "vllm"
+    """`simulated` is a real server with a made-up machine behind it, for a first look and for tests. `command` is any
+    server with OpenAI's API, `running` one that runs already: see [engines.md](engines.md)."""
     args: dict[str, Any] = {}
     """Fixed flags of every trial, the baseline too: the engine's own names without dashes, such as `max-model-len:
     2048`. `true` becomes `--flag`, `false` `--no-flag`, `null` leaves it out; mappings and lists are passed as JSON."""
@@ -139,11 +157,43 @@ class EngineSpec(_Model):
         """Whether the study says that it means code: in so many words, or by a kind that names its program itself."""
         return self.trust_code or self.kind not in _ENGINES_OF_OURS
 
+    command: tuple[str, ...] = ()
+    """Kind `command`, needed there: **a program that the study runs**, and its arguments, with placeholders such as
+    `{model}` and `{port}`; see [engines.md](engines.md)."""
+    ready: Annotated[str, Field(pattern=r"^/\S*$")] = "/health"
+    """Kind `command`: the path that answers with status 200 once it serves."""
+    version: tuple[str, ...] = ()
+    """Kind `command`: **a program that the study runs**, with its arguments; its first line is the engine's version."""
+    base_url: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")] | None = None
+    """Kind `running`, needed there: where it answers, such as `http://127.0.0.1:8000`."""
+    served_model: str | None = None
+    """Kinds `command` and `running`: the model's name in requests. Default: what stands for `{model}`; of a running
+    server, what it says that it serves."""
+    api: Literal["completions", "completions-text", "chat"] = "completions"
+    """Kinds `command` and `running`: `/v1/completions` with token ids or with text, or `/v1/chat/completions`."""
+    request: dict[str, Any] = {}
+    """Kinds `command` and `running`: fields of every request over the usual ones; `null` leaves one out."""
+    exact_lengths: Annotated[bool, Field(strict=True)] = True
+    """Kinds `command` and `running`: whether an answer that is shorter than asked for is a failed one."""
+
+    @property
+    def placeholders(self) -> frozenset[str]:
+        """The names in braces in the command and in the environment of kind `command`."""
+        return frozenset(name for text in (*self.command, *self.env.values()) for name in PLACEHOLDER.findall(text))
+
     @field_validator("python")
     @classmethod
     def _in_full(cls, value: Path | None) -> Path | None:
         # Trials run in folders of their own; a bare name is looked for on the path.
         return value.expanduser().absolute() if value is not None and len(value.parts) > 1 else value
+
+    @field_validator("command", "version", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("a program and its arguments are a list, such as [llama-server, --port, 8000]")
+        numbers = isinstance(value, (list, tuple))
+        return [str(part) if type(part) in (int, float) else part for part in value] if numbers else value
 
     @field_validator("env", mode="before")
     @classmethod
@@ -163,6 +213,18 @@ class EngineSpec(_Model):
         for name in value:
             _check_own("engine.args", name)
         return value
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> EngineSpec:
+        for name, kinds in _ONLY_OF.items():
+            if self.kind not in kinds and getattr(self, name) != EngineSpec.model_fields[name].default:
+                raise ConfigError(f"engine.{name}: is for engine.kind {' or '.join(kinds)}, but it is {self.kind}.")
+        for kind, name, example in _NEEDED:
+            if self.kind == kind and not getattr(self, name):
+                raise ConfigError(f"engine.{name}: is needed with engine.kind {kind}, such as {example}.")
+        if self.kind == "command" and "port" not in self.placeholders:
+            raise ConfigError("engine.command: names no {port}, so it would not listen where it is asked to; add it.")
+        return self
 
 
 class PrefixSpec(_Model):
@@ -424,6 +486,7 @@ class Study(_Model):
         space = self.space  # raises ConfigError with the key in it
         for name in space.by_name:
             _check_own("search_space", name)
+        self._check_placeholders()
         space.check_expressions(self.fixed)
         for index, point in enumerate(self.search.points):
             where = f"search.points[{index}]"
@@ -481,6 +544,7 @@ class Study(_Model):
         """(key, name, value) of whatever reaches the engine."""
         yield from ((f"engine.args.{name}", name, value) for name, value in self.engine.args.items())
         yield from ((f"engine.env.{name}", f"env:{name}", value) for name, value in self.engine.env.items())
+        yield from (("engine.command", flag.lstrip("-"), word) for flag, word in pairwise(("", *self.engine.command)))
         for parameter in self.space.parameters:
             yield from ((f"search_space.{parameter.name}", parameter.name, value) for value in parameter.bounds)
 
@@ -488,6 +552,16 @@ class Study(_Model):
     def secrets(self) -> set[str]:
         """What nothing that is written may hold."""
         return secrets_in(self.engine.env)
+
+    def _check_placeholders(self) -> None:
+        """A placeholder is filled in every setting, the baseline included."""
+        if self.engine.kind != "command":
+            return
+        for name in sorted(self.engine.placeholders - {*ALWAYS_KNOWN}):
+            if self.fixed.get(name) is None:
+                known = ", ".join((*ALWAYS_KNOWN, *self.space.by_name))
+                value = f"give the baseline's value in engine.args, as {name}" if name in self.space.by_name else ""
+                raise ConfigError(f"engine.command: {{{name}}} has no value; {value or f'known are {known}'}.")
 
     @cached_property
     def space(self) -> SearchSpace:

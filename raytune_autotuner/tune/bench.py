@@ -51,6 +51,8 @@ def run_bench(
     """
     check_measurement(study, results)
     _check_secrets(study)
+    if params and study.engine.kind == "running":
+        raise ConfigError("--param: a server that runs already (engine.kind: running) takes no parameters.")
     engine = make_engine(_with_only(study, params))
     with closing(engine):
         engine.preflight()
@@ -164,6 +166,8 @@ def _check_secrets(study: Study) -> None:
 
 def _gpus(study: Study, engine: Engine, params: Params) -> list[str]:
     """Those that a trial of this setting would hold, the first ones there are."""
+    if engine.base_url is not None:
+        return []
     here = gpus_here()
     needed = math.ceil(this_machine().trial_resources(study, engine, params)["gpus"])
     if needed > len(here):
@@ -172,7 +176,7 @@ def _gpus(study: Study, engine: Engine, params: Params) -> list[str]:
 
 
 def _tell(study: Study, row: TrialRow, launch: str | None, folder: Path | None, as_json: bool) -> None:
-    launch = None if launch is None else mask_line(launch)
+    launch = mask_line(launch) if launch else None
     if as_json:
         print(json.dumps(mask_values(as_values(study, row, launch, folder))))
     else:

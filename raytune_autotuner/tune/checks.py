@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from raytune_autotuner.load import vllm_bench
+from raytune_autotuner.load.datasets import read_dataset
 from raytune_autotuner.load.workload import check_traffic, levels
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.score.metrics import (
@@ -49,6 +50,11 @@ _CHANGES_ANSWERS = (
 
 def check_study(study: Study, results: Path | Store) -> None:
     """Raise `ConfigError` where the study cannot run or end with a winner, or nothing can be written to `results`."""
+    if study.engine.kind == "running":
+        raise ConfigError(
+            "engine.kind: running: nothing can be searched on a server that is not started with each setting.\n"
+            "Measure it as it is: python -m raytune_autotuner bench STUDY.yaml"
+        )
     check_measurement(study, results)
     _check_space(study)
     make_sampler(study, concurrency=1)
@@ -63,6 +69,7 @@ def check_measurement(study: Study, results: Path | Store) -> None:
     _check_attainment(study)
     _check_samples(study)
     check_traffic(study.workload)
+    _check_dialect(study)
     if study.workload.client == "vllm-bench" and study.ray.address is None:
         vllm_bench.require(str(study.engine.python or sys.executable))
     if isinstance(results, Store):
@@ -218,6 +225,22 @@ def _percentiles(study: Study) -> Iterator[tuple[str, str]]:
     if objective.attainment is None:
         for latency, limits in objective.slo.items():
             yield from ((f"objective.slo.{latency}.{stat}", f"{latency}_{stat}") for stat in limits)
+
+
+def _check_dialect(study: Study) -> None:
+    """Raise `ConfigError` for what only token ids on `/v1/completions` allow."""
+    if study.engine.api == "completions":
+        return
+    if study.quality is not None:
+        raise ConfigError(f"quality: needs engine.api: completions, but it is {study.engine.api}. Leave one out.")
+    if study.workload.client == "vllm-bench":
+        raise ConfigError(f"workload.client: vllm-bench sends token ids, but engine.api is {study.engine.api}.")
+    if study.workload.dataset is not None and any(
+        not isinstance(sample.prompt, str) for sample in read_dataset(study.workload.dataset)
+    ):
+        raise ConfigError(
+            f"workload.dataset: {study.workload.dataset} holds token ids, but engine.api {study.engine.api} takes text."
+        )
 
 
 def _hint(name: str, known: Iterable[str], meant: str | None = None) -> str:

@@ -55,6 +55,11 @@ class EngineThere:
         return self._here.rules
 
     @property
+    def base_url(self) -> str | None:
+        """The same everywhere."""
+        return self._here.base_url
+
+    @property
     def served_model(self) -> str:
         """As its node names it."""
         return str(self._ask("served_model"))

@@ -6,6 +6,7 @@ Knows neither Ray nor Optuna: a trial can be run and debugged by hand. Everythin
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import sys
 import threading
@@ -13,18 +14,21 @@ import time
 import traceback
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from raytune_autotuner.engine.contract import Engine, Launch
 from raytune_autotuner.engine.gpus import EnergyMeter
 from raytune_autotuner.engine.machine import hardware
 from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
+from raytune_autotuner.engine.running import RunningServer
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.load import client, quality, vllm_bench
+from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = dict[str, float]
 Progress: TypeAlias = Callable[[Stage, float], None]
+Server: TypeAlias = EngineServer | RunningServer
 
 PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
@@ -55,6 +60,8 @@ MAX_BISECTIONS = 5
 CLOSE_ENOUGH = 1.05
 """Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
 SERIES = "engine_metrics.parquet"
+_FINAL = r"HTTP 4(?!08|25|29)\d\d|answer cut short: no usage"
+"""Answers to the first completion after which no other one can be expected."""
 
 
 @dataclass
@@ -105,6 +112,7 @@ class Evaluation:
         self._answers: tuple[str, ...] = ()
         self._refined: float | None = None
         self._bench: vllm_bench.BenchServe | None = None
+        self._dialect = Dialect.of(self.study.engine)
         self.values: dict[str, list[float]] = defaultdict(list)
         failure = None
         try:
@@ -129,10 +137,7 @@ class Evaluation:
 
     def _measure(self) -> Generator[Metrics, None, None]:
         self._require_files()
-        with free_port() as port, free_cores(self.cores) as cores, ExitStack() as self._until_the_end:
-            launch = self.engine.launch(self.params, port)
-            self._describe(launch, cores)
-            server = self._server(launch, port, cores)
+        with self._place() as server, ExitStack() as self._until_the_end:
             try:
                 server.start()
                 self._await_ready(server)
@@ -157,6 +162,19 @@ class Evaluation:
                     Blame.STUDY,
                 )
 
+    @contextmanager
+    def _place(self) -> Generator[Server, None, None]:
+        """The server: one that runs already, or one to be started, on a port and on cores of its own."""
+        if self.engine.base_url is not None:
+            self._note({"base_url": self.engine.base_url})
+            self._log.write(self.stage, f"asking {self.engine.base_url}, which runs already")
+            yield RunningServer(self.engine.base_url, deadline=self.deadline, timeout_s=self.study.trial.timeout_s)
+            return
+        with free_port() as port, free_cores(self.cores) as cores:
+            launch = self.engine.launch(self.params, port)
+            self._describe(launch, cores)
+            yield self._server(launch, port, cores)
+
     def _server(self, launch: Launch, port: int, cores: tuple[int, ...]) -> EngineServer:
         return EngineServer(
             launch,
@@ -172,16 +190,23 @@ class Evaluation:
             on_progress=self._engine_moved,
         )
 
-    def _await_ready(self, server: EngineServer) -> None:
+    def _await_ready(self, server: Server) -> None:
         with self._timed("start"):
             server.wait_ready()
-            server.wait_ready(
-                lambda: client.completion_probe(server.base_url, self.engine.served_model, PROBE_TIMEOUT_S)
-            )
+            server.wait_ready(lambda: self._completes(server.base_url))
         self._moved(Stage.READY, 0.0)
         self._log.write(self.stage, f"ready in {self.seconds['start']:.1f} s")
 
-    def _ask_quality(self, server: EngineServer) -> None:
+    def _completes(self, base_url: str) -> bool:
+        """Whether a real completion came back; raises `TrialFailed` where the server will never give one."""
+        error = client.completion_error(base_url, self.engine.served_model, PROBE_TIMEOUT_S, self._dialect)
+        if error is not None and re.match(_FINAL, error):
+            remedy = "Compare engine.api, engine.served_model and engine.request with what the server takes."
+            blame = Blame.PARAMETERS if self.params else Blame.STUDY
+            self._fail(Kind.BAD_RESPONSES, f"a completion was refused: {error}", remedy, blame)
+        return error is None
+
+    def _ask_quality(self, server: Server) -> None:
         """Hold the engine's answers against the baseline's; raise `TrialFailed` where they are too far from them."""
         if self.study.quality is None:
             return
@@ -205,7 +230,7 @@ class Evaluation:
         if sentence := judge(lost, self.study.quality):
             self._fail(Kind.QUALITY_LOSS, sentence, "If so much loss is acceptable, raise the limit under quality.")
 
-    def _warm_up(self, server: EngineServer) -> None:
+    def _warm_up(self, server: Server) -> None:
         if self.study.workload.warmup_requests == 0:
             return
         self._moved(Stage.WARMUP, 0.0)
@@ -213,7 +238,7 @@ class Evaluation:
             for level in levels(self.study.workload):
                 self._send(server, level, 0, "warmup", 0, 1)
 
-    def _loads(self, server: EngineServer) -> Generator[Metrics, None, None]:
+    def _loads(self, server: Server) -> Generator[Metrics, None, None]:
         """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""
         scale, rounds = levels(self.study.workload), range(self.study.workload.rounds)
         if slo.ends_at_first_miss(self.study.objective):
@@ -225,7 +250,7 @@ class Evaluation:
             self.loaded = done + 1 == len(order)
             yield metrics
 
-    def _scan(self, server: EngineServer, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
+    def _scan(self, server: Server, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
         rounds = self.study.workload.rounds
         held = None
         for place, level in enumerate(ascending):
@@ -237,7 +262,7 @@ class Evaluation:
                 return
             held = level
 
-    def _refine(self, server: EngineServer, held: Level, missed: Level) -> Generator[Metrics, None, None]:
+    def _refine(self, server: Server, held: Level, missed: Level) -> Generator[Metrics, None, None]:
         """Between a level that keeps the SLOs and one that does not, halve the step until it is small."""
         for _ in range(MAX_BISECTIONS):
             between = middle(held, missed)
@@ -248,7 +273,7 @@ class Evaluation:
             held, missed = (between, missed) if self._meets(between) else (held, between)
             self._refined = held.load
 
-    def _round(self, server: EngineServer, level: Level, number: int, done: int, of: int) -> Metrics:
+    def _round(self, server: Server, level: Level, number: int, done: int, of: int) -> Metrics:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
         with self._timed("load"):
             self._reset_prefix_cache(server)
@@ -272,7 +297,7 @@ class Evaluation:
         if value is not None:
             self.values[level.label].append(value)
 
-    def _send(self, server: EngineServer, level: Level, number: int, phase: Phase, done: int, of: int) -> float:
+    def _send(self, server: Server, level: Level, number: int, phase: Phase, done: int, of: int) -> float:
         """Send one load and keep its records; returns its seconds. `done` of `of` loads lie behind it."""
         offset = 0 if self.restart is None else self.restart + 1
         requests = generate(self.study.workload, level, number, phase, seed_offset=offset)
@@ -312,14 +337,14 @@ class Evaluation:
     def _client(self, phase: Phase) -> Callable[..., client.LoadRun]:
         """Who sends a load; a warm-up is always the built-in client's, since the other takes 15 s to import."""
         if phase == "warmup" or self.study.workload.client == "builtin":
-            return client.measure
+            return partial(client.measure, dialect=self._dialect)
         if self._bench is None:
             python = str(self.study.engine.python or sys.executable)
             mark = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id)}
             self._bench = self._until_the_end.enter_context(vllm_bench.BenchServe(python, mark))
         return self._bench.measure
 
-    def _judge(self, load: client.LoadRun, server: EngineServer) -> None:
+    def _judge(self, load: client.LoadRun, server: Server) -> None:
         """Raise `TrialFailed` where a load cannot count as a measurement."""
         failed = [record.error for record in load.records if record.error]
         share = len(failed) / max(len(load.records), 1)
@@ -342,7 +367,7 @@ class Evaluation:
             "Raise trial.timeout_s, or lower workload.requests or rounds.",
         )
 
-    def _await_death(self, server: EngineServer) -> None:
+    def _await_death(self, server: Server) -> None:
         """Requests fail before the engine that was to answer them has ended: raise its own cause, if it does end."""
         until = time.monotonic() + DYING_S
         while time.monotonic() < until:
@@ -396,7 +421,9 @@ class Evaluation:
         if always:
             self.on_progress(self.stage, self.share)
 
-    def _reset_prefix_cache(self, server: EngineServer) -> None:
+    def _reset_prefix_cache(self, server: Server) -> None:
+        if self.engine.base_url is not None:
+            return  # others may use it
         # Engines without the endpoint have no cache to reset; prompts are random, so nothing is shared anyway.
         request = urllib.request.Request(f"{server.base_url}/reset_prefix_cache", method="POST")
         with suppress(OSError):
@@ -412,10 +439,12 @@ class Evaluation:
 
     def _describe(self, launch: Launch, cores: tuple[int, ...]) -> None:
         here, plain = map(mask_line, self.engine.launch_lines(self.params))
-        command = {"params": dict(self.params), "argv": list(launch.argv), "env": dict(launch.env)}
-        write_json(self.workdir / "command.json", {**command, "launch": here, "plain": plain})
+        self._note({"argv": list(launch.argv), "env": dict(launch.env), "launch": here, "plain": plain})
         bound = f" on cores {', '.join(map(str, cores))}" if cores else ""
         self._log.write(self.stage, f"starting{bound} {' '.join(launch.argv)}")
+
+    def _note(self, command: Mapping[str, Any]) -> None:
+        write_json(self.workdir / "command.json", {"params": dict(self.params), **command})
 
     def _keep(self, result: TrialResult | None, said: str) -> None:
         """Write down what was measured; a disk that is full must not take it from those who wait for it.

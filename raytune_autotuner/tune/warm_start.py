@@ -20,6 +20,9 @@ from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 
+_OF_ANY = {"command", "api", "request", "exact_lengths"}
+"""Keys of `engine` that say what is started and what is asked of it, where the engine is not known."""
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -66,6 +69,7 @@ def fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
         "engine.args": study.engine.args,
         "engine.env": study.engine.env,
         "engine.search_weights": study.engine.search_weights,
+        **{f"engine.{name}": value for name, value in study.engine.model_dump(mode="json", include=_OF_ANY).items()},
         "workload": study.workload.model_dump(mode="json"),
         "resources": study.resources.model_dump(mode="json", exclude={"max_concurrent", "price_per_hour"}),
         "the engine's version": versions.get("engine"),

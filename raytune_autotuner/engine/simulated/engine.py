@@ -36,6 +36,11 @@ class SimulatedEngine:
         return SIMULATED_RULES
 
     @property
+    def base_url(self) -> None:
+        """Each trial starts one of its own."""
+        return None
+
+    @property
     def served_model(self) -> str:
         """The study's model, by whatever name."""
         return self._study.model
