@@ -32,7 +32,7 @@ from raytune_autotuner.engine.processes import state_dir
 
 PORT = 6379
 OBJECT_STORE_BYTES = 80_000_000
-START_S = 60.0
+START_S = 120.0
 _RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
 # Its first process is a shell, which reaps what others leave to it.
 _BOOT = """
