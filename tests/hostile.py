@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.flags import arguments
-from raytune_autotuner.report.export import Form, export
+from raytune_autotuner.report.export import FORMS, export
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.masking import MASK
@@ -305,13 +305,14 @@ def _settings(study: Study) -> list[Params]:
 
 
 def _is_harmless(study: Study, folder: Path) -> None:
-    engine = make_engine(study)
+    engine, words = make_engine(study), list[str]()
     for params in _settings(study):
         setting = study.setting(params)
         launch = engine.launch(params, 8000)
         _holds_each_value_once(setting, launch.argv)
         _asks_for_no_code(study, launch.argv, launch.env)
-        assert _given([*launch.argv]) == [*launch.argv]
+        words += launch.argv
+    assert _given(words) == words
     row = measured(3, 120.0, dict(params))
     _is_written_safely(study, row.params, folder, engine.launch_lines(params)[0])
 
@@ -360,19 +361,28 @@ def _is_written_safely(study: Study, params: Params, folder: Path, launch_line: 
 
 
 def _exports_safely(run: ResultsFolder, study: Study, params: Params, folder: Path, secret: bool) -> None:
-    flags = arguments(study.setting(params))
-    forms: tuple[tuple[Form, str], ...] = (("vllm", "vllm"), ("docker", "docker"))
-    for form, program in forms:
-        script = export(run, form, as_flags=arguments, number=3)
-        got = _runs_one_command(script, program, folder)
-        assert secret or _has_in_order(got, flags)
-    _is_a_configuration(export(run, "yaml", as_flags=arguments, number=3), study, params, secret)
-    (compose,) = yaml.safe_load_all(export(run, "compose", as_flags=arguments, number=3))
+    """One of the forms, for each reads the folder again."""
+    form = FORMS[len(str(study)) % len(FORMS)]
+    text = export(run, form, as_flags=arguments, number=3)
+    if form == "yaml":
+        _is_a_configuration(text, study, params, secret)
+    else:
+        assert secret or _has_in_order(_EXPORTED[form](text, folder), arguments(study.setting(params)))
+
+
+def _composed(text: str, folder: Path) -> list[str]:
+    """As Compose reads a command: `$$` is `$`, and a single one a variable."""
+    (compose,) = yaml.safe_load_all(text)
     (service,) = compose["services"].values()
-    assert secret or _has_in_order([part.replace("$$", "$") for part in service["command"]], flags)
-    deployment, _ = yaml.safe_load_all(export(run, "k8s", as_flags=arguments, number=3))
+    return [part.replace("$$", "$") for part in service["command"]]
+
+
+def _deployed(text: str, folder: Path) -> list[str]:
+    """As Kubernetes reads arguments: `$$` is `$`, and `$(NAME)` a variable, of which there is none here."""
+    deployment, _ = yaml.safe_load_all(text)
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    assert secret or _has_in_order([_expanded(part) for part in container["args"]], flags)
+    variable = re.compile(r"\$\$|\$\(\w+\)")
+    return [variable.sub(lambda found: "$" if found[0] == "$$" else "EXPANDED", part) for part in container["args"]]
 
 
 def _is_a_configuration(text: str, study: Study, params: Params, secret: bool) -> None:
@@ -401,9 +411,13 @@ def _runs_one_command(script: str, program: str, folder: Path) -> list[str]:
     return parts[:-2]
 
 
-def _expanded(text: str) -> str:
-    """As Kubernetes reads an argument: `$$` is `$`, and `$(NAME)` a variable, of which there is none here."""
-    return re.sub(r"\$\$|\$\(\w+\)", lambda found: "$" if found[0] == "$$" else "EXPANDED", text)
+_EXPORTED = {
+    "vllm": lambda text, folder: _runs_one_command(text, "vllm", folder),
+    "docker": lambda text, folder: _runs_one_command(text, "docker", folder),
+    "compose": _composed,
+    "k8s": _deployed,
+}
+"""Form to the arguments that its engine gets."""
 
 
 def _has_in_order(whole: Sequence[str], part: Sequence[str]) -> bool:
