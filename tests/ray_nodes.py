@@ -46,6 +46,7 @@ _ENVIRONMENT = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_worker_niceness": "0",
     "RAY_enable_metrics_collection": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # several at once on a machine that is busy
     # A node that does not answer counts as dead after some 15 s; Ray's own values make it a minute and more.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
