@@ -17,11 +17,16 @@ class Sparing:
         self._clock = clock
         self._again_at = 0.0
 
+    @property
+    def due(self) -> bool:
+        """Whether a call would do it now."""
+        return self._clock() >= self._again_at
+
     def __call__(self) -> None:
         """Do it now or leave it; whoever needs it done calls `act`."""
-        begun = self._clock()
-        if begun < self._again_at:
+        if not self.due:
             return
+        begun = self._clock()
         self._act()
         ended = self._clock()
         self._again_at = ended + (ended - begun) * (1 / SHARE - 1)

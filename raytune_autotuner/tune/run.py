@@ -181,6 +181,7 @@ class _Run:
         )
         self.show, self.refresh = Sparing(self._show), Sparing(self._refresh)
         self.keep_tables = Sparing(self._write_tables)
+        self._asked: Any = None
         self.again = self._take_over() if self.resumed else []
         self.status = StudyStatus.begin(self.slots, self._elapsed_s)
         write_status(self.folder, self.status)
@@ -382,7 +383,11 @@ class _Run:
         self.board.round(self.reporter.row(trial_id), int(result["training_iteration"]), metrics)
 
     def _keep_up(self) -> None:
-        self.refresh()
+        if self._asked is None and self.refresh.due:
+            self._asked = self.monitor.standings.remote()
+        # Not waited for: a monitor that is slow to start or to answer must not count as work of the driver's.
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            self.refresh()
         self.keep_tables()
         self.files.refresh(self._running())  # which spares itself: a node that is lost meanwhile takes the rest along
 
@@ -403,8 +408,9 @@ class _Run:
         """Bring table and status up to date with what the trials said last."""
         if time.monotonic() - self._looked_at >= LOOK_S:
             self._look()
+        asked, self._asked = self._asked, None
         try:
-            self.standings |= ray.get(self.monitor.standings.remote(), timeout=ANSWER_S)
+            self.standings |= ray.get(asked, timeout=ANSWER_S)
         except ray.exceptions.RayError:
             return
         self._show()
