@@ -18,7 +18,6 @@ from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.engine.server import LOG_NAME, read_end
 from raytune_autotuner.report.results import ResultsFolder, read_result
-from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.score.quality import Quality
 from raytune_autotuner.score.slo import NO_SLO_VALUE
@@ -33,6 +32,8 @@ SCORE = "score"
 """The metric's name in Ray Tune's results."""
 RESULT = "trial_result"
 """Key of the whole `TrialResult` in a trial's last report to Ray Tune: as JSON, for Ray Tune takes mappings apart."""
+ROUND = "round_metrics"
+"""Key of the metrics so far in its other reports: as JSON, for Ray Tune keeps 2 KB of statistics of every number."""
 MAX_NODES_LOST = 3
 """A setting that was lost with so many nodes is not run again: it may be what ends them."""
 
@@ -217,8 +218,7 @@ class TrialReporter:
         seconds = {"total": standing.elapsed_s}
         bare = TrialResult(seconds=seconds, node=standing.node, hardware=standing.hardware)
         if row.trial_id in self._stopped:
-            partial = {name: value for name, value in (report or {}).items() if name.partition("@")[0] in METRICS}
-            return replace(bare, metrics=partial)
+            return replace(bare, metrics=round_metrics(report or {}))
         # The actor died. A result that it had written before counts: its last second does not take it away.
         written = read_result(self._folder.trial_dir(row.number, row.trial_id))
         return written or replace(bare, failure=self._cause(row, standing))
@@ -292,6 +292,12 @@ def _lost_with_node(standing: Standing) -> Failure:
     evidence = "the trial's node died, or cannot be reached any more"
     remedy = "See what became of the machine; the setting is run again on another one."
     return Failure(standing.stage, Kind.NODE_LOST, Blame.ENVIRONMENT, evidence, remedy, standing.share)
+
+
+def round_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """What the trial's loads so far came to, from its report to Ray Tune after one of them."""
+    found: dict[str, float] = json.loads(report.get(ROUND, "{}"))
+    return found
 
 
 def _never_began(blame: Blame) -> Failure:

@@ -37,7 +37,6 @@ from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.verdict import Verdict
 from raytune_autotuner.report.wording import describe_params
-from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.errors import AutotunerError, ConfigError, StudyError
 from raytune_autotuner.study.masking import is_secret, learn
 from raytune_autotuner.study.space import Params
@@ -52,7 +51,7 @@ from raytune_autotuner.tune.engine_there import engine_of
 from raytune_autotuner.tune.files import FarFiles
 from raytune_autotuner.tune.gauges import Gauges
 from raytune_autotuner.tune.monitor import TICK_S, start_monitor
-from raytune_autotuner.tune.reporter import SCORE, TrialReporter
+from raytune_autotuner.tune.reporter import SCORE, TrialReporter, round_metrics
 from raytune_autotuner.tune.resume import check_claim, check_versions, elapsed_before_s, kept_rows, unfinished_run
 from raytune_autotuner.tune.samplers import make_sampler
 from raytune_autotuner.tune.searcher import StudySearch
@@ -379,8 +378,7 @@ class _Run:
         return standing if standing.started_at else self.standings.get(trial_id, standing)
 
     def _on_round(self, trial_id: str, result: dict[str, Any]) -> None:
-        metrics = {name: value for name, value in result.items() if name.partition("@")[0] in METRICS}
-        self.board.round(self.reporter.row(trial_id), int(result["training_iteration"]), metrics)
+        self.board.round(self.reporter.row(trial_id), int(result["training_iteration"]), round_metrics(result))
 
     def _keep_up(self) -> None:
         if self._asked is None and self.refresh.due:

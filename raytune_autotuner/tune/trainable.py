@@ -28,7 +28,7 @@ from raytune_autotuner.study.trial import TrialResult
 from raytune_autotuner.tune.cluster import ACCELERATOR
 from raytune_autotuner.tune.early_stop import LOADED, LOADS
 from raytune_autotuner.tune.evaluate import Evaluation, Metrics
-from raytune_autotuner.tune.reporter import RESULT, SCORE
+from raytune_autotuner.tune.reporter import RESULT, ROUND, SCORE
 from raytune_autotuner.tune.standing import Standing
 
 BACKSTOP_S = 2.0
@@ -91,7 +91,7 @@ class EngineTrial(tune.Trainable):
             return self._last(stop.value)
         self._job.monitor.beat.remote(self.trial_id, Stage.LOAD, 0.0, metrics)
         so_far = {LOADS: self._evaluation.values, LOADED: self._evaluation.loaded}
-        return {SCORE: _told(metrics, self._job.study.objective.metric), **so_far, **metrics}
+        return {SCORE: _told(metrics, self._job.study.objective.metric), **so_far, ROUND: json.dumps(metrics)}
 
     def cleanup(self) -> None:
         """Stop the engine where the trial is ended between two rounds."""
