@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raytune_autotuner.engine.gpus import GpuMemory
-from raytune_autotuner.engine.processes import MARK_VARIABLE, free_shared_memory, make_mark, sweep
+from raytune_autotuner.engine.processes import MARK_VARIABLE, descendants, free_shared_memory, make_mark, sweep
 from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import VLLM_RULES
 from raytune_autotuner.report.results import ResultsFolder
@@ -121,8 +121,9 @@ def test_a_study_survives_the_death_of_its_monitor(tmp_path: Path, ray_address: 
 
 
 def monitors() -> set[int]:
-    """The processes of all monitors on this machine."""
-    return {int(entry.parent.name) for entry in Path("/proc").glob("[0-9]*/cmdline") if is_monitor(entry)}
+    """The processes of the monitors of this session's Ray; other studies on the machine have theirs."""
+    pids = [process.pid for process in descendants(os.getpid())]
+    return {pid for pid in pids if is_monitor(Path("/proc", str(pid), "cmdline"))}
 
 
 def is_monitor(cmdline: Path) -> bool:
