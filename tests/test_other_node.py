@@ -68,6 +68,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarNode]:
     ) as head:
         assert head.stdout is not None
         address = head.stdout.readline().strip()
+        before = os.environ.get("RAY_AUTH_MODE")
         os.environ["RAY_AUTH_MODE"] = "token"
         node = subprocess.Popen(
             [
@@ -101,7 +102,8 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarNode]:
             node.communicate(timeout=30)
             Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # by which others would join it
             head.communicate()
-            del os.environ["RAY_AUTH_MODE"]
+            if before is None:  # else it is the session's, for its own Ray
+                del os.environ["RAY_AUTH_MODE"]
 
 
 def test_files_come_back_from_another_node_also_of_a_killed_trial(far: FarNode) -> None:

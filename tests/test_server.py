@@ -321,6 +321,9 @@ def small_cgroup(tmp_path: Path) -> Iterator[Path]:
     except OSError as error:
         pytest.skip(f"memory cgroups (version 1) cannot be made here: {error}")
     yield folder
+    until = time.monotonic() + 10
+    while (folder / "cgroup.procs").read_text() and time.monotonic() < until:
+        time.sleep(0.05)  # what the kernel has ended is still being buried
     folder.rmdir()
 
 
