@@ -81,10 +81,20 @@ class _Asking:
         try:
             # One passage at a time: an engine holds the log-probabilities of all words for each of its tokens.
             scored = [value for passage in texts().passages for value in await self._score(passage)]
-            answers = await asyncio.gather(*map(self._answer, texts().prompts))
+            answers = await self._answers()
         finally:
             await self._pool.close()
         return Quality(perplexity(scored), tuple(answers))
+
+    async def _answers(self) -> list[str]:
+        """All at once; where one cannot be had, none is waited for, and no connection is opened any more."""
+        asked = [asyncio.create_task(self._answer(prompt)) for prompt in texts().prompts]
+        try:
+            return await asyncio.gather(*asked)
+        finally:
+            for one in asked:
+                one.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     async def _score(self, passage: str) -> list[float]:
         return log_probabilities(await self._complete(prompt=passage, max_tokens=1, prompt_logprobs=0))
