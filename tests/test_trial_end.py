@@ -41,10 +41,8 @@ def test_a_result_from_before_the_deadline_is_kept_though_the_engines_end_takes_
     assert done.returncode == 0, done.stdout
     (row,) = folder.read_rows()
     assert row.state is State.MEASURED
-    assert (
-        row.result.seconds["total"] > 8
-    )  # It was asked with SIGTERM, and the deadline passed while it was waited for.
-    assert "exit code -9); 1 killed; no process left" in (folder.find_trial_dir(0) / "trial.log").read_text()
+    # It was asked with SIGTERM, and the deadline passed while it was waited for.
+    assert "(deadline, exit code -9); 1 killed; no process left" in (folder.find_trial_dir(0) / "trial.log").read_text()
 
 
 @pytest.mark.slow

@@ -196,8 +196,8 @@ def test_where_answers_are_judged_the_setting_waits_for_those_of_the_defaults(tm
 
 def earlier(folder: Path, params: dict[str, Any], **changes: Any) -> ResultsFolder:
     """A finished run of a simulated engine that claims 30 % for `params`, as it would have left it."""
-    args = {"noise": 0.0, "speed": 4, "max-num-seqs": 2}
-    study = load_study(write_study(folder, engine={"args": args}, verify={"top": 1, "restarts": 3}, **changes))
+    base = {"engine": {"args": {"noise": 0.0, "speed": 4, "max-num-seqs": 2}}, "verify": {"top": 1, "restarts": 3}}
+    study = load_study(write_study(folder, **{**base, **changes}))
     found = [
         replace(measured(number, score, values), result=TrialResult({METRIC: score}, None, {"total": 3.0}))
         for number, score, values in ((0, 100.0, None), (1, 130.0, params))
@@ -222,7 +222,11 @@ def the_other(run: ResultsFolder) -> ResultsFolder:
 
 @pytest.mark.slow
 def test_a_gain_is_verified_on_fresh_engines_through_ctrl_c_and_resume(tmp_path: Path, ray_address: str) -> None:
-    run = earlier(tmp_path, {"max-num-seqs": 64})
+    slow: dict[str, Any] = {  # Seconds of waiting, so that a busy machine adds little to them.
+        "engine": {"args": {"noise": 0.0, "speed": 1, "max-num-seqs": 2}},
+        "workload": {"traffic": "D(32,32)", "requests": 32},
+    }
+    run = earlier(tmp_path, {"max-num-seqs": 64}, **slow)
     before = contents(run)
     whole = command(run, "--address", ray_address, "--restarts", "3")
     with subprocess.Popen(whole, stdout=subprocess.PIPE, text=True) as driver:
