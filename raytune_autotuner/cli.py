@@ -102,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from raytune_autotuner.study.study import read_params
+    from raytune_autotuner.study.file import read_params
     from raytune_autotuner.tune.bench import Start, earlier_setting, run_bench
 
     if arguments.trial is not None:
@@ -124,7 +124,7 @@ def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Study:
 
 def _load_study(file: Path, overrides: Sequence[str]) -> Study:
     from raytune_autotuner.engine import models
-    from raytune_autotuner.study.study import load_study
+    from raytune_autotuner.study.file import load_study
 
     study = load_study(file, overrides)
     return study.model_copy(update={"model": models.absolute(study.model)})

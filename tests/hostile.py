@@ -26,9 +26,10 @@ from raytune_autotuner.engine.flags import arguments
 from raytune_autotuner.report.export import FORMS, export
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import MASK
 from raytune_autotuner.study.space import Params
-from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.tune.checks import check_study
 from tests.report_samples import measured
 from tests.studies import BASE

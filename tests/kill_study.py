@@ -28,7 +28,7 @@ import ray
 
 from raytune_autotuner.engine.processes import Process, descendants
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.tune.run import run_study
 from raytune_autotuner.tune.trainable import EngineTrial, Job
 from tests.studies import actor_of, marks, write_study

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
 
 METRIC = "output_throughput_tok_s"

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from raytune_autotuner.engine.processes import FileLock, Process, is_free
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.evaluate import Evaluation
 from raytune_autotuner.tune.run import run_study

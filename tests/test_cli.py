@@ -17,7 +17,7 @@ import yaml
 from raytune_autotuner import __version__
 from raytune_autotuner.cli import main
 from raytune_autotuner.study.failure import Blame, Kind, Stage
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.tune.checks import check_study, quality_notes
 from tests.studies import merged, write_study
 

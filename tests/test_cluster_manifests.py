@@ -17,8 +17,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raytune_autotuner.cli import _parser
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import is_secret, looks_secret
-from raytune_autotuner.study.study import load_study
 
 FOLDER = Path(__file__).parent.parent / "configs" / "cluster"
 KUBERAY, ON_PREMISE = FOLDER / "kuberay-rayjob.yaml", FOLDER / "on-premise.yaml"

@@ -11,7 +11,8 @@ import pytest
 from ray.tune.schedulers import FIFOScheduler
 
 from raytune_autotuner.report.verdict import best_so_far
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 from raytune_autotuner.tune.early_stop import LAST, LOADED, LOADS, StopHopeless
 from tests.studies import BASE, merged, optuna_trials, run_study, write_study

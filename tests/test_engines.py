@@ -23,7 +23,8 @@ from raytune_autotuner.load.workload import Request
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Kind, Stage
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.tune.checks import check_study
 from tests.simulated_server import Server
 from tests.studies import BASE, marks, merged, run_study, write_study

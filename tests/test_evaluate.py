@@ -18,7 +18,7 @@ from raytune_autotuner.score.objective import trial_metrics
 from raytune_autotuner.score.quality import Quality
 from raytune_autotuner.score.records import duration_s, measured
 from raytune_autotuner.study.failure import Blame, Kind, Stage
-from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.trial import TrialResult
 from raytune_autotuner.tune.evaluate import SERIES, Evaluation, middle
 from tests.studies import BASE, merged

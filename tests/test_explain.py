@@ -15,7 +15,7 @@ import yaml
 
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.explain import SAMPLED, SUGGESTIONS, Explanation, explain, render
 from tests.studies import BASE, merged, write_study

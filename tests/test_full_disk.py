@@ -13,7 +13,7 @@ from raytune_autotuner.engine.reading import SIMULATED_RULES
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import ResultsFolder, cut_half_line, read_result
 from raytune_autotuner.study.failure import Blame
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.tune.evaluate import Evaluation
 from raytune_autotuner.tune.reporter import TrialReporter
 from raytune_autotuner.tune.run import _error_of_a_file

@@ -407,7 +407,7 @@ LARGE = {
 REFUSE = """
 import json, sys
 from raytune_autotuner.engine.vllm import VllmEngine
-from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.file import parse_study
 
 folder, python = sys.argv[1:]
 space = {"tensor-parallel-size": {"choice": [1, 8]}}

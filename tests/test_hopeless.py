@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.score.hopeless import ENOUGH_PAIRS, USUAL_NOISE, WIDTH, Seen, Values, can_be_judged
-from raytune_autotuner.study.study import Direction, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Direction
 from tests.studies import BASE, merged
 
 LEVELS = ["c8", "c32"]

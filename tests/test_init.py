@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from raytune_autotuner.cli import main
-from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.file import load_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.tune.proposal.facts import look_at_host, look_at_model
 from tests.test_memory import LLAMA, SMOLLM
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from raytune_autotuner.study.failure import Stage
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.tune.samplers import grid_points
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "bench"

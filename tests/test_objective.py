@@ -20,7 +20,8 @@ from raytune_autotuner.score.objective import (
 )
 from raytune_autotuner.score.slo import constraint_value
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
 
 SLO = {"ttft_ms": {"p99": 500.0}, "tpot_ms": {"mean": 50.0}}

@@ -10,7 +10,8 @@ import pytest
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.tune.cluster import Cluster, Node, address_of
 from raytune_autotuner.tune.trainable import EngineTrial
 from tests.studies import BASE, merged

@@ -18,8 +18,9 @@ from raytune_autotuner.engine import memory
 from raytune_autotuner.engine.memory import GIB, Weights
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.file import load_study, parse_study
 from raytune_autotuner.study.spaces import FOLDER, explained, shipped
-from raytune_autotuner.study.study import Study, load_study, parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.proposal.draft import Proposal, propose, study_name

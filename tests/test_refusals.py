@@ -25,7 +25,7 @@ from raytune_autotuner.engine.simulated.engine import SimulatedEngine
 from raytune_autotuner.engine.vllm_checker import VllmChecker
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Kind, Stage
-from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.file import parse_study
 from tests.studies import BASE, merged
 
 STAND_IN = {

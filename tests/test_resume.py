@@ -14,7 +14,8 @@ import pytest
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import StudyStatus, write_status
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.file import load_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.resume import kept_rows, unfinished_run
 from tests.studies import command, marks, only_run, optuna_trials, write_study

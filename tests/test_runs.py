@@ -16,7 +16,7 @@ from raytune_autotuner.report.runs import create_run, keep_fresh, kept_in, open_
 from raytune_autotuner.report.status import StudyStatus, read_status, write_status
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.resume import kept_rows, unfinished_run
 from tests.report_samples import make_study

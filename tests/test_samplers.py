@@ -20,8 +20,9 @@ from raytune_autotuner.score.objective import assess
 from raytune_autotuner.score.pareto import pareto_front
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.space import Params, parse_space
-from raytune_autotuner.study.study import PenaltySpec, Study, parse_study
+from raytune_autotuner.study.study import PenaltySpec, Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.samplers import Grid, grid_points, make_sampler, population, startup_trials, unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest

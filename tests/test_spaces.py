@@ -12,8 +12,9 @@ import yaml
 from raytune_autotuner.engine.flags import flag, is_flag
 from raytune_autotuner.engine.vllm_checker import VllmChecker
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.spaces import FOLDER, shipped
-from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.study import Study
 
 BARE: dict[str, Any] = {"study": "test", "model": "org/name", "engine": {"args": {"max-model-len": 2048}}}
 

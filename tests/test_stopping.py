@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.stopping import enough
 from tests.studies import BASE, merged

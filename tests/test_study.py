@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import Study, load_study, parse_study
+from raytune_autotuner.study.file import load_study, parse_study
+from raytune_autotuner.study.study import Study
 
 MINIMAL: dict[str, Any] = {"study": "s", "model": "a/b", "search_space": {"max-num-seqs": {"int": [1, 64]}}}
 DURATIONS = st.one_of(st.floats(0.1, 1e6), st.sampled_from(["90s", "40m", "1h 30m", "2d", "0.5h"]))

@@ -22,8 +22,9 @@ from raytune_autotuner.score.objective import assess
 from raytune_autotuner.score.pareto import pareto_front
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.space import Params, SearchSpace, parse_space
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.tell import (
     CONSTRAINT,

@@ -17,7 +17,7 @@ from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import VLLM_RULES
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.failure import Kind
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.reporter import TrialReporter
 from raytune_autotuner.tune.standing import Standing

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.trust import danger, exposes
 from tests.hostile import CODE_FLAGS, CODE_VARIABLES
 from tests.studies import BASE, merged

@@ -19,7 +19,7 @@ from raytune_autotuner.report.recheck import Claim, Gain, Recheck, claim_of, rec
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.study import load_study
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
 from raytune_autotuner.tune.verify import study_to_verify
 from tests.report_samples import BASE, METRIC, again, failed, make_study, measured, setting, verified, verified_rows

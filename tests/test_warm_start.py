@@ -13,8 +13,9 @@ import pytest
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.space import setting_key
-from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.cache import Cache, read_cache
 from raytune_autotuner.tune.versions import versions

@@ -32,9 +32,10 @@ from raytune_autotuner.report.verdict import Verdict, changes
 from raytune_autotuner.report.wording import comment, describe_params, format_number, gain_of, interval, percent
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_values
 from raytune_autotuner.study.space import Params, format_value
-from raytune_autotuner.study.study import Study, load_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult, TrialRow
 
 TRIALS = "trials"

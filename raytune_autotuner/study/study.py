@@ -1,30 +1,25 @@
-"""A study as asked for: the study file as frozen pydantic models.
+"""A study as asked for: the keys of a study file, their types and what they mean, as frozen pydantic models.
 
-`load_study` reads a YAML file (and `--set` overrides) into a `Study`; whatever is wrong with it is a `ConfigError`
-that names file, line, key, value and what would be right.
+Plain values go in; what cannot be is pydantic's `ValidationError`, or a `ConfigError` that opens with the key. It does
+not know where a study stands written: `file.py` reads one and names the place.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
-    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -33,13 +28,8 @@ from pydantic import (
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.masking import is_secret, secrets_in
 from raytune_autotuner.study.space import SCHEMA, Params, SearchSpace, check_name, parse_space
-from raytune_autotuner.study.spaces import written_out
 from raytune_autotuner.study.trust import danger, exposes
 
-MAX_STUDY_BYTES = 250_000
-MAX_DEPTH = 20
-MAX_INTEGER = 2**63
-MAX_KEY_CHARACTERS = 200
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_DURATION_CHARACTERS = 40
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
@@ -590,42 +580,6 @@ class Study(_Model):
         return {**self.fixed, **params}
 
 
-def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study file; `overrides` are `key.path=value` with YAML values.
-
-    Raises `ConfigError` for a missing or unreadable file, broken YAML, and whatever `Study` refuses.
-    """
-    raw, lines = _parse_yaml(_read(path), str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a study is a mapping of keys, but this file holds {type(raw).__name__}.")
-    places = {key: f"{path}, line {line}" for key, line in lines.items()}
-    for override in overrides:
-        key = _override(raw, override)
-        places = {known: place for known, place in places.items() if not _is_below(known, key)}
-        places[key] = f"--set {shown(override)}"
-    raw = written_out(raw, lambda file: _parse_yaml(_read(file), str(file))[0])
-    return parse_study(raw, source=str(path), places=places)
-
-
-def parse_study(raw: Mapping[str, Any], source: str = "study", places: Mapping[str, str] | None = None) -> Study:
-    """A `Study` from plain values; raises `ConfigError` that names the place of the wrong key.
-
-    `places` says where each dotted key stands, as far as that is known; elsewhere the place is `source`.
-    """
-    places = places or {}
-    for key, why in _not_plain(raw, ""):
-        raise ConfigError(f"{_place(source, key, places)}: {key or 'study'}: {why}.")
-    _reject_unknown_keys(raw, Study, "", source, places)
-    try:
-        return Study.model_validate(raw)
-    except ConfigError as error:
-        found = re.match(r"[\w.:\[\]-]+", str(error))
-        key = found[0].rstrip(":") if found else ""
-        raise ConfigError(f"{_place(source, key, places)}: {error}") from error
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, source, places)[:3])) from error
-
-
 def only_setting(study: Study, params: Params) -> Study:
     """`study` with nothing to search but `params`, so that they are checked as a search space is.
 
@@ -634,217 +588,3 @@ def only_setting(study: Study, params: Params) -> Study:
     values = {name: getattr(study, name) for name in Study.model_fields}
     space = {name: {"choice": [value]} for name, value in params.items()}
     return Study.model_validate({**values, "search_space": space, "constraints": (), "search": SearchSpec()})
-
-
-def read_params(texts: Sequence[str]) -> Params:
-    """A setting from `name=value` with YAML values; raises `ConfigError`."""
-    params: dict[str, Any] = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        where = f"--param {shown(text)}"
-        if not separator or not name:
-            raise ConfigError(f"{where}: write name=value, such as --param max-num-seqs=32.")
-        params[name], _ = _parse_yaml(value, where)
-        for _, why in _not_plain(params[name], name):
-            raise ConfigError(f"{where}: {why}.")
-    return params
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.is_dir():
-            raise ConfigError(f"{path}: is a folder; name the study's YAML file.")
-        with path.open("rb") as file:
-            content = file.read(MAX_STUDY_BYTES + 1)
-        if len(content) > MAX_STUDY_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_STUDY_BYTES:,} bytes; is it a study file?")
-        return content.decode("utf-8")
-    except FileNotFoundError as error:
-        nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" In that folder: {', '.join(nearby[:5])}." if nearby else " Name the study's YAML file."
-        raise ConfigError(f"{path}: no such file.{hint}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not text in UTF-8 (byte {error.start + 1}); is it a study file?") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
-
-
-class _StudyLoader(yaml.SafeLoader):
-    """Plain YAML: no tags, no aliases (whose expansion need not end), no deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node; raises `MarkedYAMLError` for what a study may not hold."""
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise _refusal(event, "aliases (*name) are not supported; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise _refusal(event, "tags (!name) are not supported; write a plain value")
-        if self.depth > MAX_DEPTH:
-            raise _refusal(event, f"nested more than {MAX_DEPTH} levels deep")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def _refusal(event: yaml.Event, why: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=why, problem_mark=event.start_mark)  # type: ignore[arg-type]
-
-
-def _parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
-    """What the text holds, and the line of each dotted key, counted from 1."""
-    try:
-        loader = _StudyLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        lines = dict(_lines(node, source))
-        return loader.construct_document(node), lines
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{source}: broken YAML: {_yaml_problem(error)}") from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})." if mark else f"{problem}."
-
-
-def _lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key to line number, counted from 1; refuses keys that stand twice."""
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield f"{prefix}[{index}]", item.start_mark.line + 1
-            yield from _lines(item, source, f"{prefix}[{index}]")
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key_node, value in node.value:
-            key = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in seen or key == "<<":
-                why = "stands twice; leave one out" if key in seen else "is not supported; write the keys out"
-                raise ConfigError(f"{source}, line {line}: key {shown(key)} {why}.")
-            seen.add(key)
-            yield (path := f"{prefix}.{key}" if prefix else key), line
-            yield from _lines(value, source, path)
-
-
-def _override(raw: dict[str, Any], override: str) -> str:
-    """Apply `key.path=value`; returns the key."""
-    key, separator, text = override.partition("=")
-    where = f"--set {shown(override)}"
-    if not separator or not key:
-        raise ConfigError(f"{where}: write key.path=value, such as --set search.trials=4.")
-    value, _ = _parse_yaml(text, where)
-    target, *parts = key.split(".")
-    node = raw
-    for part in parts:
-        child = node.setdefault(target, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{where}: {shown(target)} is {shown(child)}, not a mapping.")
-        node, target = child, part
-    node[target] = value
-    return key
-
-
-def _is_below(known: str, key: str) -> bool:
-    """Whether the dotted key `known` is `key` or stands inside it."""
-    return known == key or known.startswith((f"{key}.", f"{key}["))
-
-
-def _not_plain(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """What JSON could not hold, as (dotted key, what is wrong): dates, NaN, integers without end, keys of numbers."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            if not isinstance(name, str):
-                yield key, f"the key {shown(name)} is not text; put it in quotes"
-            elif not name.isprintable() or len(name) > MAX_KEY_CHARACTERS:
-                yield key, f"{shown(name)} is no key: too long, or with characters that cannot be seen"
-            else:
-                yield from _not_plain(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from _not_plain(inner, f"{key}[{index}]")
-    elif isinstance(value, str):
-        if re.search(r"[\0\ud800-\udfff]", value):
-            yield key, f"{shown(value)} holds a character that no file or command line can"
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            yield key, f"{value} is not a finite number"
-    elif isinstance(value, int):
-        if abs(value) >= MAX_INTEGER:
-            yield key, f"an integer is less than {MAX_INTEGER}, but got {shown(value)}"
-    elif value is not None:
-        yield key, f"{shown(value)} is neither text nor a number; put it in quotes where text is meant"
-
-
-def _place(source: str, key: str, places: Mapping[str, str]) -> str:
-    probe = key
-    while probe:
-        if probe in places:
-            return places[probe]
-        probe = probe[: max(probe.rfind("."), probe.rfind("["), 0)]
-    return source
-
-
-def _submodel(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return next((model for arg in get_args(annotation) if (model := _submodel(arg))), None)
-    return None
-
-
-def _reject_unknown_keys(
-    raw: Mapping[Any, Any], model: type[BaseModel], prefix: str, source: str, places: Mapping[str, str]
-) -> None:
-    for key, value in raw.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        if key not in model.model_fields:
-            nearest = _nearest(str(key), prefix, model)
-            raise ConfigError(
-                f"{_place(source, path, places)}: unknown key {shown(key)} in {prefix or 'the study'}. "
-                + (f"Did you mean {nearest!r}?" if nearest else f"It takes {', '.join(model.model_fields)}.")
-            )
-        submodel = _submodel(model.model_fields[key].annotation)
-        if submodel and isinstance(value, Mapping):
-            _reject_unknown_keys(value, submodel, path, source, places)
-
-
-def _nearest(key: str, prefix: str, model: type[BaseModel]) -> str | None:
-    """The right key: alike in this place, or the same name in another place."""
-    if close := difflib.get_close_matches(key, model.model_fields, n=1):
-        return f"{prefix}.{close[0]}" if prefix else close[0]
-    everywhere = {path.rsplit(".", 1)[-1]: path for path in _all_keys(Study, "")}
-    close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
-    return everywhere[close[0]] if close else None
-
-
-def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        path = f"{prefix}.{name}" if prefix else name
-        yield path
-        if submodel := _submodel(field.annotation):
-            yield from _all_keys(submodel, path)
-
-
-def _explain(error: ValidationError, source: str, places: Mapping[str, str]) -> list[str]:
-    """A line for each wrong key: place, key, what is wrong, the value."""
-    messages: dict[str, str] = {}
-    for detail in error.errors():
-        parts = [
-            part for part in detail["loc"] if isinstance(part, int) or not re.search(r"[\[( ]|^constrained", str(part))
-        ]
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
-        key = re.sub(r"\.(float|int|auto|literal)$", "", key)
-        if detail["type"] == "missing":
-            message = "is missing"
-        else:
-            value = detail.get("input")
-            got = f", but got {shown(value)}" if not isinstance(value, (Mapping, BaseModel)) else ""
-            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ") + got
-            message = f"should be {message}" if detail["msg"].startswith("Input should be") else message
-        messages.setdefault(key, f"{_place(source, key, places)}: {key or 'study'}: {message}.")
-    return list(messages.values())

@@ -15,8 +15,9 @@ from raytune_autotuner.engine import models
 from raytune_autotuner.report.recheck import Claim, claim_of
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import MASK
-from raytune_autotuner.study.study import EngineSpec, Study, load_study, only_setting
+from raytune_autotuner.study.study import EngineSpec, Study, only_setting
 
 CHANGEABLE = ("model", "engine", "workload", "trial", "quality", "resources", "ray", "verify.restarts")
 """What `--set` may change: the rest is what was asked, or how it was searched."""

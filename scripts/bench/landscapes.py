@@ -26,8 +26,9 @@ from raytune_autotuner.engine.simulated import model as simulated_engine
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import assess
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+from raytune_autotuner.study.file import load_study, parse_study
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, parse_space
-from raytune_autotuner.study.study import Study, load_study, parse_study
+from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, TrialResult
 
 TIMEOUT_S = 600.0

@@ -19,7 +19,7 @@ from raytune_autotuner.engine.reading import diagnose
 from raytune_autotuner.engine.vllm import VllmEngine
 from raytune_autotuner.engine.vllm_checker import VllmChecker
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
-from raytune_autotuner.study.study import parse_study
+from raytune_autotuner.study.file import parse_study
 from tests.studies import BASE, merged
 
 pytestmark = pytest.mark.vllm

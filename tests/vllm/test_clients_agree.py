@@ -23,7 +23,8 @@ from raytune_autotuner.load import client, vllm_bench
 from raytune_autotuner.load.client import LoadRun
 from raytune_autotuner.load.workload import generate, levels
 from raytune_autotuner.score.metrics import summarize
-from raytune_autotuner.study.study import Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import Study
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -18,7 +18,8 @@ from raytune_autotuner.load.engine_metrics import EngineWatch
 from raytune_autotuner.load.quality import ask, texts
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.quality import Quality, judge, loss
-from raytune_autotuner.study.study import QualitySpec, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import QualitySpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

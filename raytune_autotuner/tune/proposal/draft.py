@@ -20,7 +20,8 @@ from raytune_autotuner.engine import models
 from raytune_autotuner.report.status import format_duration
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError, shown
-from raytune_autotuner.study.study import EngineSpec, Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import EngineSpec, Study
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.proposal.facts import Model, Site
 from raytune_autotuner.tune.proposal.fit import Fit

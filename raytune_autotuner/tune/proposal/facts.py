@@ -27,7 +27,8 @@ from raytune_autotuner.engine.gpus import gpus_here
 from raytune_autotuner.engine.machine import hardware
 from raytune_autotuner.engine.memory import GIB, Weights
 from raytune_autotuner.study.errors import AutotunerError, ConfigError, shown
-from raytune_autotuner.study.study import EngineSpec, Study, parse_study
+from raytune_autotuner.study.file import parse_study
+from raytune_autotuner.study.study import EngineSpec, Study
 from raytune_autotuner.tune.cluster import Cluster, running_cluster
 
 LOOK_S = 60.0
