@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,11 @@ def test_the_scripts_for_the_engines_python_import_without_an_engine(script: str
     tops = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
     tops |= {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in tops} <= sys.stdlib_module_names
+
+
+def test_help_waits_for_nothing_that_a_command_needs() -> None:
+    asked = f"import sys, {PACKAGE.name}.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {name.split(".")[1] for name in loaded if name.startswith(f"{PACKAGE.name}.")} == {"cli", "study"}
+    assert not loaded & {"pydantic", "yaml", "rich", "numpy", "ray", "optuna"}

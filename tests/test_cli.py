@@ -546,6 +546,8 @@ def test_a_log_is_read_from_standard_input_too() -> None:
         ("status results/", ["results/test-20260101-120000/"]),
         ("logs results/test-20260101-120000 ", ["0", "1"]),
         ("export results --format c", ["compose"]),
+        ("verify results/test-20260101-120000 --trial ", ["0", "1"]),
+        ("clean --results res", ["results/"]),
     ],
 )
 def test_tab_offers_what_can_follow(tmp_path: Path, typed: str, offered: list[str]) -> None:

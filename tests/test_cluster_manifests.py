@@ -16,7 +16,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raytune_autotuner.cli import _parser
+from raytune_autotuner.cli.program import make_parser
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import is_secret, looks_secret
 
@@ -153,7 +153,7 @@ def test_the_head_has_study_and_results_where_the_entrypoint_looks(
 ) -> None:
     python, m, module, *words = shlex.split(documents["RayJob"]["spec"]["entrypoint"])
     assert (python, m, module) == ("python", "-m", "raytune_autotuner")
-    arguments = _parser().parse_args(["run", *words])
+    arguments = make_parser().parse_args(["run", *words])
     assert arguments.address == "auto"
     mounts = {mount["mountPath"]: mount["name"] for mount in pods[0]["spec"]["containers"][0]["volumeMounts"]}
     sources = {volume["name"]: volume for volume in pods[0]["spec"]["volumes"]}

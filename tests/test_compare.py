@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from raytune_autotuner import cli
-from raytune_autotuner.manual import WRONG_USE
+from raytune_autotuner.cli.manual import WRONG_USE
 from raytune_autotuner.report.compare import Comparison, compare, comparison_page, terminal_table
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from raytune_autotuner import cli
+from raytune_autotuner.cli.manual import WRONG_USE
+from raytune_autotuner.cli.results import EXPORT_FORMS
 from raytune_autotuner.engine.flags import arguments
-from raytune_autotuner.manual import WRONG_USE
 from raytune_autotuner.report.export import FORMS, Form, export
 from raytune_autotuner.report.results import ResultsFolder, write_json
 from raytune_autotuner.study.errors import ConfigError
@@ -268,7 +269,7 @@ def test_the_command_prints_the_winner(tmp_path: Path, capsys: pytest.CaptureFix
     folder = folder_of(tmp_path)
     assert cli.main(["export", str(folder.path), "--format", "yaml"]) == 0
     assert capsys.readouterr().out == exported(folder, "yaml")
-    assert cli._FORMS == FORMS
+    assert EXPORT_FORMS == FORMS
 
 
 def test_the_winner_is_the_one_that_the_studys_end_has_written_down(tmp_path: Path) -> None:

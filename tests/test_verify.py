@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from raytune_autotuner import cli
-from raytune_autotuner.manual import WRONG_USE
+from raytune_autotuner.cli.manual import WRONG_USE
 from raytune_autotuner.report.recheck import Claim, Gain, Recheck, claim_of, recheck
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import study_verdict

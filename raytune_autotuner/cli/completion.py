@@ -44,7 +44,7 @@ def _say_run(commands: Mapping[str, Any]) -> None:
 def _completer(action: argparse.Action) -> Callable[..., Any] | None:
     if action.dest == "trial" and action.metavar in ("TRIAL", "N"):
         return _trials
-    by_metavar = {"STUDY.yaml": _studies, "STUDY.yaml | COMMAND": _studies, "RESULTS": _runs, "DIR": _folders}
+    by_metavar = {"STUDY.yaml": _studies, "STUDY.yaml | COMMAND": _studies, "RESULTS": _runs, "PLACE": _folders}
     return by_metavar.get(str(action.metavar))
 
 
@@ -70,5 +70,6 @@ def _shown(prefix: str, completer: Callable[[str], Iterable[str]]) -> list[str]:
 
 def _trials(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """The numbers of the trials of the folder that was named before."""
-    folders = Path(getattr(parsed_args, "results", None) or ".").glob("trials/[0-9]*-*")
+    run = getattr(parsed_args, "earlier", None) or getattr(parsed_args, "results", None) or "."
+    folders = Path(run).glob("trials/[0-9]*-*")
     return sorted((folder.name.partition("-")[0] for folder in folders), key=int)

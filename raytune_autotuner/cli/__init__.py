@@ -1,0 +1,5 @@
+"""The front door: arguments in, exit code out."""
+
+from raytune_autotuner.cli.program import main
+
+__all__ = ["main"]
