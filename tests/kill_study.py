@@ -100,10 +100,7 @@ class KillTrial(EngineTrial):
         return result
 
     def _note(self, event: str) -> None:
-        self._dir.mkdir(parents=True, exist_ok=True)
-        draft = self._dir / f".{event}"
-        draft.write_text(str(time.time()))
-        draft.rename(self._dir / event)
+        note(self._dir, event)
 
     def _act(self) -> None:
         log = self._dir / "engine.log"
@@ -122,8 +119,16 @@ class KillTrial(EngineTrial):
         time.sleep(2 if self.how == "linger" else 120)
 
 
+def note(folder: Path, event: str) -> None:
+    """Write the time of `event` into `folder`, whole from the first moment that it can be seen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{event}"
+    draft.write_text(str(time.time()))
+    draft.rename(folder / event)
+
+
 def kill(actor: Any, folder: Path) -> None:
-    (folder / "acted").write_text(str(time.time()))
+    note(folder, "acted")
     ray.kill(actor)
 
 
