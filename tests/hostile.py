@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.flags import arguments
+from raytune_autotuner.report.best import write_best
 from raytune_autotuner.report.export import FORMS, export
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import MASK
@@ -351,7 +353,7 @@ def _is_written_safely(study: Study, params: Params, folder: Path, launch_line: 
     row = replace(measured(3, 120.0, dict(params)), trial_id="t_3")
     run.write_rows([row])
     run.write_versions(VERSIONS)
-    run.write_best(study, row, None, study.model, launch_line)
+    write_best(run, study, row, study_verdict(study, [row]), study.model, launch_line)
     kept = run.load_study()
     secret = MASK in run.study_file.read_text(encoding="utf-8")
     assert secret or kept == study

@@ -11,8 +11,9 @@ from typing import Any
 
 from raytune_autotuner.load.engine_metrics import Sample, write_series
 from raytune_autotuner.load.parquet import write_records
-from raytune_autotuner.report.results import ResultsFolder, write_json
+from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import Phase, StudyStatus, write_status
+from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score.metrics import combine, summarize
 from raytune_autotuner.score.records import RequestRecord, duration_s
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage

@@ -12,10 +12,9 @@ import pytest
 from rich.console import Console
 
 from raytune_autotuner import cli
-from raytune_autotuner.cli.manual import WRONG_USE
 from raytune_autotuner.report.compare import Comparison, compare, comparison_page, terminal_table
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import WRONG_USE, ConfigError
 from tests.report_samples import failed, make_study, sample_rows, verified_rows
 from tests.study_folders import VERSIONS, make_folder, whole_study
 from tests.test_html import HOSTILE, Elements, figures_of, painted

@@ -21,7 +21,7 @@ from raytune_autotuner.score.comparison import (
     t_quantile,
     too_noisy,
 )
-from raytune_autotuner.score.grades import Direction
+from raytune_autotuner.study.study import Direction
 
 BOTH: tuple[Direction, ...] = ("maximize", "minimize")
 SCORES = st.floats(0.1, 1e6)

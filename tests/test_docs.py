@@ -22,12 +22,11 @@ import raytune_autotuner
 from raytune_autotuner.cli import main, manual
 from raytune_autotuner.cli.program import COMMANDS, make_parser
 from raytune_autotuner.engine import models
-from raytune_autotuner.score.grades import Grade
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.schema import json_schema
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import Grade, Study
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,6 +13,7 @@ import pytest
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.load.parquet import read_records
 from raytune_autotuner.load.workload import Level
+from raytune_autotuner.report.course import SAMPLES
 from raytune_autotuner.score.metrics import ENGINE_METRICS, summarize
 from raytune_autotuner.score.objective import trial_metrics
 from raytune_autotuner.score.quality import Quality
@@ -20,7 +21,7 @@ from raytune_autotuner.score.records import duration_s, measured
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.trial import TrialResult
-from raytune_autotuner.tune.evaluate import SERIES, Evaluation, middle
+from raytune_autotuner.tune.evaluate import Evaluation, middle
 from tests.studies import BASE, merged
 
 SCAN: dict[str, Any] = {
@@ -153,7 +154,7 @@ def test_a_trial_that_is_ended_between_two_loads_keeps_what_it_measured_and_leav
 
 def test_the_engines_own_figures_lie_beside_the_requests(tmp_path: Path) -> None:
     played = play(tmp_path, {"engine": {"args": {"speed": 0.05}}, "workload": {"requests": 32}})
-    assert (played.folder / SERIES).is_file()
+    assert (played.folder / SAMPLES).is_file()
     assert played.result.metrics["preemptions"] == 0
 
 

@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 from raytune_autotuner import cli
-from raytune_autotuner.cli.manual import WRONG_USE
 from raytune_autotuner.cli.results import EXPORT_FORMS
 from raytune_autotuner.engine.flags import arguments
 from raytune_autotuner.report.export import FORMS, Form, export
-from raytune_autotuner.report.results import ResultsFolder, write_json
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.writing import write_json
+from raytune_autotuner.study.errors import WRONG_USE, ConfigError
 from tests.report_samples import failed, make_study, measured, setting, verified
 from tests.studies import run_study, write_study
 from tests.study_folders import VERSIONS, make_folder
@@ -282,7 +282,7 @@ def test_figures_of_a_single_measurement_are_called_so(tmp_path: Path) -> None:
     study = make_study(engine={"kind": "vllm"}, constraints=[], model=MODEL)
     rows = [measured(0, 100.0), replace(measured(1, 120.0, {"max-num-seqs": 8}), violation=0.3)]
     text = exported(make_folder(tmp_path, rows, study), "vllm", number=1)
-    assert "output_throughput_tok_s 120; baseline 100; one measurement" in text
+    assert "output_throughput_tok_s 120, baseline 100 (one measurement each)" in text
     assert "caution: it does not meet every SLO of the study" in text
 
 

@@ -11,7 +11,8 @@ from ray.tune import TuneError
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.reading import SIMULATED_RULES
 from raytune_autotuner.report.logs import LogWriter
-from raytune_autotuner.report.results import ResultsFolder, cut_half_line, read_result
+from raytune_autotuner.report.results import ResultsFolder, read_result
+from raytune_autotuner.report.writing import cut_half_line
 from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.tune.evaluate import Evaluation

@@ -10,15 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.score.grades import (
-    Direction,
-    Grade,
-    elapsed_conflict,
-    elapsed_penalty,
-    penalty,
-    progress_violation,
-)
+from raytune_autotuner.score.grades import elapsed_conflict, elapsed_penalty, penalty, progress_violation
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
+from raytune_autotuner.study.study import Direction, Grade
 
 STAGES = st.sampled_from(list(Stage))
 SHARES = st.floats(0, 1)

@@ -9,19 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.score.grades import Direction, progress_violation
+from raytune_autotuner.score.grades import progress_violation
 from raytune_autotuner.score.objective import (
     Assessment,
     assess,
     assess_failure,
-    rank_key,
     softened,
     trial_metrics,
 )
 from raytune_autotuner.score.slo import constraint_value
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.file import parse_study
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import TrialResult
 
 SLO = {"ttft_ms": {"p99": 500.0}, "tpot_ms": {"mean": 50.0}}
@@ -53,6 +52,15 @@ def failed(stage: Stage = Stage.KV_CACHE, share: float = 0.0) -> Failure:
 
 def measured(x: float, ttft: float = 1.0, tpot: float = 1.0) -> TrialResult:
     return TrialResult({"x": x, "ttft_ms_p99": ttft, "tpot_ms_mean": tpot})
+
+
+def rank_key(assessment: Assessment, direction: Direction) -> tuple[float, float]:
+    """The order that docs/house.md promises: feasible by score, then missed SLOs by how far, then failures."""
+    violation = math.inf if assessment.violation is None else max(assessment.violation, 0.0)
+    score = assessment.score
+    if score is None:
+        return (violation, math.inf)
+    return (violation, -score if direction == "maximize" else score)
 
 
 def better(left: Assessment, right: Assessment, direction: Direction) -> bool:

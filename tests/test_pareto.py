@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.score.grades import Direction
 from raytune_autotuner.score.pareto import dominates, knee, pareto_front, scores_of
+from raytune_autotuner.study.study import Direction
 from raytune_autotuner.study.trial import State, TrialRow
 
 WAYS: tuple[Direction, ...] = ("maximize", "minimize")

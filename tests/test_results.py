@@ -18,7 +18,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_json, write_result, write_text
+from raytune_autotuner.report.best import write_best
+from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_result
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import (
     LiveTrial,
@@ -30,6 +31,7 @@ from raytune_autotuner.report.status import (
 )
 from raytune_autotuner.report.summary import failure_lines, render_status, summarize
 from raytune_autotuner.report.verdict import study_verdict
+from raytune_autotuner.report.writing import write_json, write_text
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_values
@@ -190,7 +192,7 @@ def test_a_driver_killed_while_writing_leaves_the_rows_before_it(folder: Results
     folder.write_rows(sample_rows()[:2])
     script = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from raytune_autotuner.report.results import atomically\n"
+        "from raytune_autotuner.report.writing import atomically\n"
         f"with atomically(Path({str(folder.rows_file)!r})) as part:\n"
         "    part.write_text('half a li')\n    os.kill(os.getpid(), 9)\n"
     )
@@ -297,10 +299,12 @@ def test_columns_never_take_a_penalty_for_a_measurement() -> None:
 
 # Best and launch
 
+ANSWERED = (sample_rows()[2], study_verdict(make_study(), sample_rows()[:3]))
+
 
 def test_the_winner_is_left_as_an_engine_configuration(folder: ResultsFolder) -> None:
     study, rows = make_study(), sample_rows()
-    folder.write_best(study, rows[2], rows[0], "/models/m", "A=1 vllm serve /models/m")
+    write_best(folder, study, rows[2], study_verdict(study, rows[:3]), "/models/m", "A=1 vllm serve /models/m")
     text = folder.best_file.read_text()
     assert yaml.safe_load(text) == {
         "model": "/models/m",
@@ -317,7 +321,7 @@ def test_the_winner_is_left_as_an_engine_configuration(folder: ResultsFolder) ->
 def test_what_the_winner_was_worth_when_measured_again_stands_above_it(folder: ResultsFolder) -> None:
     study, rows = make_study(), verified_rows()
     answer = study_verdict(study, rows)
-    folder.write_best(study, rows[1], rows[0], "m", "vllm serve m", answer)
+    write_best(folder, study, rows[1], answer, "m", "vllm serve m")
     text = folder.best_file.read_text()
     assert f"# {METRIC} 140, baseline 100: +40.0 % (95 % interval +38.7 to +41.3 %); means of 5 restarts, noise" in text
     assert "one measurement" not in text
@@ -336,14 +340,14 @@ def test_the_verdict_is_left_for_programs_without_secrets(folder: ResultsFolder)
 
 def test_the_launch_script_runs_the_line_with_its_variables(folder: ResultsFolder) -> None:
     show = f"{shlex.quote(sys.executable)} -c 'import os, sys; print(os.environ[\"A\"], sys.argv[1:])' 'two words'"
-    folder.write_best(make_study(), sample_rows()[2], None, "m", f"A='x y' {show}")
+    write_best(folder, make_study(), *ANSWERED, "m", f"A='x y' {show}")
     run = subprocess.run([folder.launch_file, "--more", "$HOME"], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "x y ['two words', '--more', '$HOME']"
 
 
 def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFolder) -> None:
     token = assignment("HF_TOKEN", "hf_0123456789abc")
-    folder.write_best(make_study(), sample_rows()[2], None, "m", f"{token} bash -c 'echo $HF_TOKEN'")
+    write_best(folder, make_study(), *ANSWERED, "m", f"{token} bash -c 'echo $HF_TOKEN'")
     assert "hf_0123456789abc" not in folder.launch_file.read_text()
     environment = {**os.environ, "HF_TOKEN": "mine"}
     run = subprocess.run([folder.launch_file], capture_output=True, text=True, check=True, env=environment)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.report.finalists import contenders
-from raytune_autotuner.report.verdict import Verdict, best_so_far, changes, study_verdict, verdict
+from raytune_autotuner.report.verdict import Verdict, best_so_far, study_verdict, verdict
 from raytune_autotuner.report.wording import contender_cells, percent
+from raytune_autotuner.study.space import changes
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 from tests.report_samples import (
     BASE,

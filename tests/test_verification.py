@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from raytune_autotuner.report.finalists import finalists
 from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
-from raytune_autotuner.tune.verification import finalists, next_restart
+from raytune_autotuner.tune.verification import next_restart
 from tests.studies import BASE, merged, optuna_trials, run_study, write_study
 
 

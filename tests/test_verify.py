@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from raytune_autotuner import cli
-from raytune_autotuner.cli.manual import WRONG_USE
 from raytune_autotuner.report.recheck import Claim, Gain, Recheck, claim_of, recheck
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import study_verdict
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import WRONG_USE, ConfigError
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
 from raytune_autotuner.tune.verify import study_to_verify

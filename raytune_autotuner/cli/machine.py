@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from raytune_autotuner.cli.command import DEFAULT_RESULTS, SCRIPT, Command, place
-from raytune_autotuner.cli.manual import OK
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import OK, ConfigError
 
 
 def _add_diagnose(diagnose: argparse.ArgumentParser) -> None:

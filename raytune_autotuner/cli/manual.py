@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+from raytune_autotuner.study.errors import INTERRUPTED, NO_RESULT, OK, WRONG_USE
+
 EXIT_CODES: Mapping[int, str] = {
     OK: "done",
     NO_RESULT: "it could not be done; of a study: nothing usable was measured",

@@ -18,17 +18,8 @@ from typing import NoReturn
 from raytune_autotuner import __version__
 from raytune_autotuner.cli import machine, results, studies
 from raytune_autotuner.cli.command import PROGRAM, SCRIPT
-from raytune_autotuner.cli.manual import (
-    ARGUMENTS,
-    INTERRUPTED,
-    NO_RESULT,
-    OVERVIEW,
-    PAGES,
-    WRONG_USE,
-    Page,
-    below_options,
-)
-from raytune_autotuner.study.errors import AutotunerError, ConfigError
+from raytune_autotuner.cli.manual import ARGUMENTS, OVERVIEW, PAGES, Page, below_options
+from raytune_autotuner.study.errors import INTERRUPTED, NO_RESULT, WRONG_USE, AutotunerError, ConfigError
 from raytune_autotuner.study.masking import mask
 
 COMMANDS = {command.name: command for command in (*studies.COMMANDS, *results.COMMANDS, *machine.COMMANDS)}

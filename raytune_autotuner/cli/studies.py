@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raytune_autotuner.cli.command import DEFAULT_RESULTS, PROGRAM, Command, place
-from raytune_autotuner.cli.manual import OK
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import OK, ConfigError
 
 if TYPE_CHECKING:
     from raytune_autotuner.report.store import Store

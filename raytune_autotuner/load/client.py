@@ -59,11 +59,6 @@ class LoadRun:
         return max((record.end_s for record in self.records), default=0.0)
 
     @property
-    def max_loop_lag_ms(self) -> float:
-        """The longest time for which the client was too busy to look at its sockets."""
-        return max(self.loop_lags_ms, default=0.0)
-
-    @property
     def trouble(self) -> Trouble | None:
         """Why this load says little about the engine, or None."""
         return find_trouble(self.records, self.client_cpu_share, self.loop_lags_ms, self.clock_jump_s)
@@ -118,11 +113,6 @@ async def _completion_error(base_url: str, model: str, timeout_s: float, dialect
 
 
 completion_error = blocking(_completion_error)
-
-
-def completion_probe(base_url: str, model: str, timeout_s: float) -> bool:
-    """Whether a real completion came back within `timeout_s`: only then is an engine ready."""
-    return completion_error(base_url, model, timeout_s) is None
 
 
 class _Load:

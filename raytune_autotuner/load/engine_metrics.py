@@ -26,6 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client.parser import text_string_to_metric_families
 
+from raytune_autotuner.load.parquet import replace_table
+
 INTERVAL_S = 1.0
 _TIMEOUT_S = 2.0
 _MAX_PAGE_BYTES = 2**24
@@ -211,15 +213,13 @@ SCHEMA = pa.schema(
 
 
 def write_series(path: Path, loads: Loads) -> None:
-    """Write the samples of a trial's loads, a row a sample; a file that stands there is replaced as a whole."""
+    """Write the samples of a trial's loads, a row a sample; see `replace_table`."""
     rows = [
         {"level": level, "round": number, **asdict(sample)}
         for (level, number), samples in loads.items()
         for sample in samples
     ]
-    partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
-    partial.replace(path)
+    replace_table(path, pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
 def read_series(path: Path) -> dict[tuple[str, int], tuple[Sample, ...]]:

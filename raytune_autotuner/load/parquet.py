@@ -35,11 +35,16 @@ _COLUMNS = tuple(field.name for field in fields(RequestRecord))
 
 
 def write_records(path: Path, records: Iterable[RequestRecord]) -> None:
-    """Write `records` to `path`; a file that stands there is replaced as a whole, never left half written."""
+    """Write `records` to `path`; see `replace_table`."""
     rows = list(records)
     columns = {name: [getattr(record, name) for record in rows] for name in _COLUMNS}
+    replace_table(path, pa.Table.from_pydict(columns, schema=SCHEMA))
+
+
+def replace_table(path: Path, table: pa.Table) -> None:
+    """Write `table` to `path`; a file that stands there is replaced as a whole, never left half written."""
     partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), partial, compression="zstd")
+    pq.write_table(table, partial, compression="zstd")
     partial.replace(path)
 
 

@@ -23,8 +23,9 @@ from raytune_autotuner.report.html.loads import load_curve
 from raytune_autotuner.report.html.markup import Markup, number_cell, number_head, table, tag
 from raytune_autotuner.report.html.page import document
 from raytune_autotuner.report.html.sections import chart_box, copy_box, section
-from raytune_autotuner.report.results import ResultsFolder, write_text
+from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.wording import format_number, percent
+from raytune_autotuner.report.writing import write_text
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import readable

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from raytune_autotuner.report.best import keeps_slos, worth
 from raytune_autotuner.report.finalists import started
 from raytune_autotuner.report.forms import (
     SERVE,
@@ -28,8 +29,7 @@ from raytune_autotuner.report.forms import (
 )
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict, study_verdict
-from raytune_autotuner.report.wording import describe_params, format_number, gain_of, interval
-from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.masking import is_secret, mask, mask_values
 from raytune_autotuner.study.space import Params, format_value
@@ -75,7 +75,7 @@ def describe(
     setting = study.setting(row.params)
     flags = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
     variables = {name.removeprefix("env:"): format_value(v) for name, v in setting.items() if name.startswith("env:")}
-    versions = _read_json(folder.versions_file)
+    versions = folder.read_versions()
     engine = dict(versions.get("engine") or {})
     gpus = _gpus(study, setting, str(versions.get("cluster", "")), engine)
     secrets = tuple(name for name in variables if is_secret(name))
@@ -184,37 +184,14 @@ def _provenance(
         "trial": who,
         "model": study.model,
         "versions": ", ".join(f"{name} {number}" for name, number in engine.items()) or "unknown",
-        "figures": _worth(study, row, answer),
+        "figures": "; ".join(worth(study, row, answer)) or "not measured",
         "setting": describe_params(row.params) if row.params else "the engine's defaults",
     }
     if row.penalty is not None and row.result.failure is not None:
         told["caution"] = f"this trial failed: {row.result.failure.kind} at {row.result.failure.stage}"
-    elif not _keeps_slos(row, answer):
+    elif not keeps_slos(row, answer):
         told["caution"] = "it does not meet every SLO of the study"
     return {name: " ".join(mask(text).split()) for name, text in told.items()}
-
-
-def _worth(study: Study, row: TrialRow, answer: Verdict) -> str:
-    """What the setting was worth, over its restarts where there are some."""
-    again = next((one for one in answer.contenders if one.row.number == row.number and one.measured), None)
-    targets = study.objective.targets
-    if again is not None:
-        parts = [f"{metric} {format_number(again.mean(i))}" for i, (metric, _) in enumerate(targets)]
-        for i, found in enumerate(again.comparisons):
-            parts[i] += (
-                f" ({gain_of(found)} against the baseline, {100 * found.confidence:g} % interval {interval(found)})"
-            )
-        return f"{', '.join(parts)}; means of {len(again.measured)} engine starts"
-    parts = [f"{metric} {format_number(s)}" for (metric, _), s in zip(targets, scores_of(row), strict=False)]
-    base = answer.baseline
-    score = None if base is None or base.number == row.number else base.score
-    against = "" if score is None else f"; baseline {format_number(score)}"
-    return f"{', '.join(parts)}{against}; one measurement" if parts else "not measured"
-
-
-def _keeps_slos(row: TrialRow, answer: Verdict) -> bool:
-    again = next((one for one in answer.contenders if one.row.number == row.number), None)
-    return row.feasible if again is None else again.holds
 
 
 def _dns_label(text: str) -> str:

@@ -1,6 +1,7 @@
-"""The settings that were measured again at the end of a search: their restarts, and their gains over the defaults.
+"""The settings that are measured again at the end of a search: which, their restarts, their gains over the defaults.
 
-Rows in, contenders out. What is recommended, and in which words, is the verdict's.
+Rows in; finalists out, or contenders, once there are restarts. What is recommended, and in which words, is the
+verdict's.
 """
 
 from __future__ import annotations
@@ -10,14 +11,54 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raytune_autotuner.score.comparison import Comparison, NotComparable, compare, spread
-from raytune_autotuner.score.grades import Direction
-from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.score.pareto import cost, knee, pareto_front, scores_of
+from raytune_autotuner.study.space import Params, changes
+from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 
 Targets = Sequence[tuple[str, Direction]]
 """The objectives: metric and the way that is better."""
 ENOUGH = 2
 """Restarts from which on a setting can be told from noise at all."""
+
+
+def finalists(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
+    """The trials whose settings are worth measuring again, the baseline first; empty where there is nothing to decide.
+
+    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case. The
+    settings of an earlier run that is verified are all there is.
+    """
+    if taken := [row for row in rows if row.state is State.EARLIER]:
+        return taken
+    found = [row for row in rows if row.verifies is None and row.state is State.MEASURED]
+    baseline = next((row for row in reversed(found) if row.name == BASELINE), None)
+    best = _best_first(study, [row for row in found if row.feasible], defaults)
+    if baseline in best and len(study.objective.targets) == 1:
+        best = best[: best.index(baseline)]
+    top = [row for row in best if row.name != BASELINE][: study.verify.top]
+    return ([] if baseline is None else [baseline]) + top if top else []
+
+
+def _best_first(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
+    """By score, of equal ones the baseline first; with several objectives the Pareto front from its knee on."""
+    if len(study.objective.targets) > 1:
+        return _from_the_knee(study, rows)
+    way = study.objective.direction
+
+    def key(row: TrialRow) -> tuple[float, bool, int]:
+        return (cost(row.score or 0.0, way), row.name != BASELINE, len(changes(row.params, defaults)))
+
+    return sorted(rows, key=key)
+
+
+def _from_the_knee(study: Study, rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """The front's members: its knee, then the knee of the others, and so on."""
+    directions = [direction for _, direction in study.objective.targets]
+    front, ordered = pareto_front(rows, directions), list[TrialRow]()
+    while (best := knee(front, directions)) is not None:
+        ordered.append(best)
+        front = [row for row in front if row is not best]
+    return ordered
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raytune_autotuner.report.wording import comment
 from raytune_autotuner.study.masking import MASK, assignment
+from raytune_autotuner.study.plain import dump_yaml
 
 PORT = 8000
 SERVE = ("vllm", "serve")
@@ -82,7 +81,7 @@ def config_file(serving: Serving) -> str:
     if serving.env:
         assignments = [f"  {assignment(name, value)}" for name, value in serving.env.items()]
         head += comment(["Set these in its environment first:", *assignments])
-    return head + _yaml({"model": serving.model, "served-model-name": serving.served_name, **serving.config})
+    return head + dump_yaml({"model": serving.model, "served-model-name": serving.served_name, **serving.config})
 
 
 def docker_run(serving: Serving) -> str:
@@ -122,7 +121,7 @@ def compose_file(serving: Serving) -> str:
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
     volumes = {} if serving.folder else {"volumes": {"huggingface": None}}
     document = {"services": {serving.name: {k: v for k, v in service.items() if v != {}}}, **volumes}
-    return _commented(serving) + _yaml(_doubled(document))
+    return _commented(serving) + dump_yaml(_doubled(document))
 
 
 def kubernetes_files(serving: Serving) -> str:
@@ -143,7 +142,7 @@ def kubernetes_files(serving: Serving) -> str:
     }
     ports = [{"name": "http", "port": PORT, "targetPort": "http"}]
     service = {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {"selector": labels, "ports": ports}}
-    return _commented(serving) + _yaml(deployment) + "---\n" + _yaml(service)
+    return _commented(serving) + dump_yaml(deployment) + "---\n" + dump_yaml(service)
 
 
 def _pod(serving: Serving) -> dict[str, Any]:
@@ -232,14 +231,3 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _doubled(inner) for key, inner in value.items()}
     return [_doubled(inner) for inner in value] if isinstance(value, list) else value
-
-
-class _Dumper(yaml.SafeDumper):
-    """Without aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _yaml(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

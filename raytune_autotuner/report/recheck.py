@@ -14,8 +14,9 @@ from typing import Any
 from raytune_autotuner.report import wording
 from raytune_autotuner.report.differences import differences
 from raytune_autotuner.report.finalists import Contender, Targets, contenders
-from raytune_autotuner.report.results import ResultsFolder, write_json
+from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict, baseline_of, study_verdict
+from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score.comparison import Comparison, too_noisy
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params

@@ -23,18 +23,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
-from raytune_autotuner.report.finalists import Contender
 from raytune_autotuner.report.store import Store
-from raytune_autotuner.report.verdict import Verdict, changes
-from raytune_autotuner.report.wording import comment, describe_params, format_number, gain_of, interval, percent
-from raytune_autotuner.score.pareto import scores_of
+from raytune_autotuner.report.verdict import Verdict
+from raytune_autotuner.report.writing import append, atomically, write_json, write_text
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.file import load_study
-from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_values
-from raytune_autotuner.study.space import Params, format_value
+from raytune_autotuner.study.masking import mask_values
+from raytune_autotuner.study.plain import dump_yaml
+from raytune_autotuner.study.space import format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult, TrialRow
 
@@ -43,13 +41,6 @@ TRIALS = "trials"
 SUGGESTION = "trial.json"
 """A trial's row as it was suggested, in its folder: what is known of one until it has ended."""
 _RUN_NAME = re.compile(r"(?P<study>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<n>\d+))?")
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Without aliases, which study files may not have."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -258,25 +249,6 @@ class ResultsFolder:
             return None
         return found
 
-    def write_best(
-        self,
-        study: Study,
-        row: TrialRow,
-        baseline: TrialRow | None,
-        model: str,
-        launch_line: str,
-        answer: Verdict | None = None,
-    ) -> None:
-        """Write `best.yaml` and `launch.sh` for the winning `row`.
-
-        `model` is what the engine is given to load; `launch_line` is the shell line that works on this machine;
-        `answer` says what `row` was worth when it was measured again.
-        """
-        provenance = _provenance(study, row, baseline, self.path.name, answer)
-        write_text(self.best_file, provenance + _engine_config(study, row.params, model))
-        script = f'#!/usr/bin/env bash\n{provenance}exec env {mask_line(launch_line)} "$@"\n'
-        write_text(self.launch_file, script, mode=0o755)
-
     def _objectives(self, rows: Sequence[TrialRow]) -> list[str]:
         """The metrics of several objectives; nothing where there is one."""
         if not any(len(row.scores) > 1 for row in rows):
@@ -295,61 +267,6 @@ def read_result(trial_dir: Path) -> TrialResult | None:
         return TrialResult.from_dict(json.loads((trial_dir / "result.json").read_text(encoding="utf-8")))
     except OSError:
         return None
-
-
-def write_json(path: Path, value: Any, durable: bool = False) -> None:
-    """Write JSON for people and programs, without secrets, whole or not at all."""
-    text = json.dumps(mask_values(value), indent=2, allow_nan=False, default=str)
-    write_text(path, text + "\n", durable=durable)
-
-
-def append(path: Path, text: str) -> None:
-    """Add `text` to `path`, through a power cut too; an error leaves the file as it was."""
-    with path.open("ab", buffering=0) as file:
-        size, left = file.tell(), text.encode("utf-8")
-        try:
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-def cut_half_line(path: Path) -> None:
-    """Take away what follows the last line end: a line that a full disk or a power cut left unfinished."""
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def write_text(path: Path, text: str, *, durable: bool = False, mode: int | None = None) -> None:
-    """Replace `path` by `text`, whole or not at all; `durable`: also through a power cut."""
-    with atomically(path) as part:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        if mode is not None:
-            part.chmod(mode)
-
-
-class atomically:
-    """`with atomically(path) as part:` writes to `part`, which then replaces `path`; an error leaves `path` alone."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        return self._part
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._part.replace(self._path)
-        finally:
-            self._part.unlink(missing_ok=True)
 
 
 def _line(row: TrialRow) -> str:
@@ -412,8 +329,7 @@ def _make_unique(parent: Path, name: str, taken: Container[str]) -> Path:
 
 def study_yaml(study: Study) -> str:
     """The text of `study.yaml`: defaults filled in, secrets masked."""
-    text = yaml.dump(mask_values(_plain(study)), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=1000)
-    return f"# The study as it was run, defaults filled in.\n{text}"
+    return f"# The study as it was run, defaults filled in.\n{dump_yaml(mask_values(_plain(study)))}"
 
 
 def _plain(model: BaseModel) -> dict[str, Any]:
@@ -459,49 +375,3 @@ def _one_type(cells: Sequence[Any]) -> list[Any]:
     if types <= {bool}:
         return list(cells)
     return [None if cell is None else format_value(cell).encode("utf-8", "replace").decode() for cell in cells]
-
-
-def _provenance(study: Study, row: TrialRow, baseline: TrialRow | None, run: str, answer: Verdict | None) -> str:
-    """Comment lines: where this setting comes from and what it was worth."""
-    changed = changes(row.params, study.fixed)
-    who = f"trial {row.number}" + (f" ({row.name})" if row.name else "")
-    lines = [f"Found by raytune_autotuner: study {study.study}, run {run}, {who}."]
-    lines += [f"The setting of {row.taken_from}."] if row.taken_from else []
-    lines.append(f"Changed against the baseline: {describe_params(changed)}" if changed else "The engine's defaults.")
-    chosen = None if answer is None else answer.chosen
-    lines += _worth_once(study, row, baseline) if chosen is None or answer is None else _worth_again(answer, chosen)
-    if not (row.feasible if chosen is None else chosen.holds):
-        lines.append("It does not meet every SLO of the study.")
-    return comment(map(mask, lines))
-
-
-def _worth_once(study: Study, row: TrialRow, baseline: TrialRow | None) -> Iterator[str]:
-    """What a setting was worth in the search, a line an objective."""
-    then = () if baseline is None or baseline.number == row.number else scores_of(baseline)
-    for i, ((metric, _), score) in enumerate(zip(study.objective.targets, scores_of(row), strict=False)):
-        against = f", baseline {format_number(then[i])}" if i < len(then) else ""
-        yield f"{metric} {format_number(score)}{against} (one measurement each)."
-
-
-def _worth_again(answer: Verdict, chosen: Contender) -> Iterator[str]:
-    """What the winner was worth on fresh starts of the engine, a line an objective."""
-    defaults = next((one for one in answer.contenders if one.is_baseline), None)
-    noise = "" if answer.noise is None else f", noise {percent(answer.noise)}"
-    for i, (metric, _) in enumerate(answer.targets):
-        text = f"{metric} {format_number(chosen.mean(i))}"
-        if chosen.comparisons and defaults is not None:
-            found = chosen.comparisons[i]
-            ends = f"{100 * found.confidence:g} % interval {interval(found)}"
-            text += f", baseline {format_number(defaults.mean(i))}: {gain_of(found)} ({ends})"
-        yield f"{text}; means of {len(chosen.measured)} restarts{noise if i == 0 else ''}."
-
-
-def _engine_config(study: Study, params: Params, model: str) -> str:
-    """The setting for the engine's `--config`; environment variables, which that file cannot hold, as comments."""
-    setting = study.setting(params)
-    env = {name.removeprefix("env:"): value for name, value in setting.items() if name.startswith("env:")}
-    lines = ["Set these in its environment first:"] if env else []
-    lines += [f"  {mask(assignment(name, format_value(value)))}" for name, value in env.items()]
-    config = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
-    text = yaml.dump(mask_values({"model": model, **config}), Dumper=_PlainDumper, sort_keys=False, width=1000)
-    return comment(lines) + text

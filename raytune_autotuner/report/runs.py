@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from raytune_autotuner.report.mirror import Mirror
-from raytune_autotuner.report.results import SUGGESTION, TRIALS, ResultsFolder, atomically, order_runs
+from raytune_autotuner.report.results import SUGGESTION, TRIALS, ResultsFolder, order_runs
 from raytune_autotuner.report.store import Entry, Store, reason
+from raytune_autotuner.report.writing import atomically
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study
 

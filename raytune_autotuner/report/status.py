@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from raytune_autotuner.report.results import ResultsFolder, write_json
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow

@@ -23,11 +23,11 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import LiveTrial, format_duration, progress, time_left_s
 from raytune_autotuner.report.summary import Summary, failure_lines, summarize
 from raytune_autotuner.report.table import trial_table
-from raytune_autotuner.report.verdict import Verdict, best_so_far, changes
+from raytune_autotuner.report.verdict import Verdict, best_so_far
 from raytune_autotuner.report.wording import contender_cells, format_number
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.masking import mask_line
-from raytune_autotuner.study.space import Params, readable
+from raytune_autotuner.study.space import Params, changes, readable
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
 

@@ -14,13 +14,10 @@ from typing import Any
 from raytune_autotuner.report import wording
 from raytune_autotuner.report.finalists import Contender, Targets, as_good, contenders
 from raytune_autotuner.score.comparison import Comparison, too_noisy
-from raytune_autotuner.score.grades import Direction
-from raytune_autotuner.score.pareto import dominates, knee, pareto_front
-from raytune_autotuner.study.space import Params
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.score.pareto import cost, dominates, knee, pareto_front
+from raytune_autotuner.study.space import Params, changes
+from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
-
-_DEFAULT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +145,6 @@ def best_with(best: TrialRow | None, row: TrialRow, direction: Direction) -> Tri
     return best_so_far((row,) if best is None else (best, row), direction)
 
 
-def changes(params: Params, fixed: Params) -> dict[str, Any]:
-    """The parameters of a setting that differ from the baseline's arguments."""
-    return {name: value for name, value in params.items() if fixed.get(name, _DEFAULT) != value}
-
-
 # By restarts
 
 
@@ -188,10 +180,10 @@ def _choice(defaults: Contender, good: Sequence[Contender], targets: Targets, fi
 
 def _best(good: Sequence[Contender], targets: Targets, fixed: Params) -> Contender:
     """The best mean; of those that cannot be told from it, the fewest changes."""
-    sign = -1.0 if targets[0][1] == "maximize" else 1.0
-    best = min(good, key=lambda one: sign * one.mean())
-    level = [best, *as_good(best, [one for one in good if one is not best], targets[0][1])]
-    return min(level, key=lambda one: (len(changes(one.row.params, fixed)), sign * one.mean()))
+    way = targets[0][1]
+    best = min(good, key=lambda one: cost(one.mean(), way))
+    level = [best, *as_good(best, [one for one in good if one is not best], way)]
+    return min(level, key=lambda one: (len(changes(one.row.params, fixed)), cost(one.mean(), way)))
 
 
 def _compromise(defaults: Contender, good: Sequence[Contender], targets: Targets) -> Contender:
@@ -277,8 +269,7 @@ def _rank(row: TrialRow, direction: Direction, feasible: bool, fixed: Params) ->
     """Smaller is better."""
     score = row.score if row.score is not None else float("nan")
     violation = 0.0 if feasible or row.violation is None else row.violation
-    cost = -score if direction == "maximize" else score
-    return (violation, cost, row.name != BASELINE, len(changes(row.params, fixed)), row.number)
+    return (violation, cost(score, direction), row.name != BASELINE, len(changes(row.params, fixed)), row.number)
 
 
 def _gain(winner: TrialRow, baseline: TrialRow | None, direction: Direction) -> float | None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
-from raytune_autotuner.score.grades import Direction
 from raytune_autotuner.study.errors import AutotunerError
+from raytune_autotuner.study.study import Direction
 
 Restarts: TypeAlias = Mapping[int, float]
 """Number of the restart to the score that was measured in it."""

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 from raytune_autotuner.study.failure import Blame, Failure, Kind
-
-Grade: TypeAlias = Literal["progress", "elapsed", "infinite", "ignore"]
-Direction: TypeAlias = Literal["maximize", "minimize"]
+from raytune_autotuner.study.study import Direction, Grade
 
 # Share of the time limit below which a failure costs so much; the last row holds for the rest.
 _ELAPSED_SCALE = ((0.20, 1000.0), (0.60, 500.0), (0.95, 200.0), (math.inf, 100.0))

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from raytune_autotuner.score import slo
-from raytune_autotuner.score.grades import Direction, penalty, progress_violation
+from raytune_autotuner.score.grades import penalty, progress_violation
 from raytune_autotuner.score.metrics import combine, cost_metrics, samples_needed
 from raytune_autotuner.score.slo import constraint_value, max_load_under_slo, measured
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 
 
@@ -135,18 +135,6 @@ def assess_failure(study: Study, failure: Failure, elapsed_s: float = 0.0) -> As
     cost = penalty(grade, failure, elapsed_s, study.trial.timeout_s, study.objective.direction)
     shown = cost if cost is not None and math.isfinite(cost) else None
     return Assessment((), progress_violation(failure) if graded else None, shown, failure)
-
-
-def rank_key(assessment: Assessment, direction: Direction) -> tuple[float, float]:
-    """Sorts assessments best first: feasible by score, then missed SLOs by how far, then failures by how far they got.
-
-    Failures without a violation come last.
-    """
-    violation = math.inf if assessment.violation is None else max(assessment.violation, 0.0)
-    score = assessment.score
-    if score is None:
-        return (violation, math.inf)
-    return (violation, -score if direction == "maximize" else score)
 
 
 def softened(score: float, violation: float, direction: Direction) -> float:

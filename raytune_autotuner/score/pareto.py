@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from raytune_autotuner.score.grades import Direction
+from raytune_autotuner.study.study import Direction
 from raytune_autotuner.study.trial import TrialRow
 
 
 def scores_of(row: TrialRow) -> tuple[float, ...]:
     """The value of every objective; a row written when there was only one has just that."""
     return row.scores or (() if row.score is None else (row.score,))
+
+
+def cost(score: float, direction: Direction) -> float:
+    """The score turned so that smaller is better."""
+    return -score if direction == "maximize" else score
 
 
 def dominates(left: Sequence[float], right: Sequence[float], directions: Sequence[Direction]) -> bool:
@@ -62,6 +67,4 @@ def _scaled(cost: float, column: Sequence[float]) -> float:
 
 
 def _costs(scores: Sequence[float], directions: Sequence[Direction]) -> tuple[float, ...]:
-    """Smaller is better."""
-    pairs = zip(scores, directions, strict=True)
-    return tuple(-score if way == "maximize" else score for score, way in pairs)
+    return tuple(cost(score, direction) for score, direction in zip(scores, directions, strict=True))

@@ -12,6 +12,8 @@ from typing import Any
 
 from raytune_autotuner.study.failure import Failure
 
+OK, NO_RESULT, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+"""How a command ends, as exit codes; `cli/manual.py` says what they mean."""
 _SHOWN_CHARACTERS = 100
 
 

@@ -1,8 +1,8 @@
 """A study file, read.
 
 `load_study` reads a YAML file (and `--set` overrides) into a `Study`; whatever is wrong with it is a `ConfigError`
-that names file, line, key, value and what would be right. It knows YAML and where each key stands; what a key may hold
-is the models' to say (`study.py`).
+that names file, line, key, value and what would be right. It knows where each key stands; what a key may hold is the
+models' to say (`study.py`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.plain import parse_yaml
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.spaces import written_out
 from raytune_autotuner.study.study import Study
 
 MAX_STUDY_BYTES = 250_000
-MAX_DEPTH = 20
 MAX_INTEGER = 2**63
 MAX_KEY_CHARACTERS = 200
 
@@ -34,7 +33,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
     Raises `ConfigError` for a missing or unreadable file, broken YAML, and whatever `Study` refuses.
     """
-    raw, lines = _parse_yaml(_read(path), str(path))
+    raw, lines = parse_yaml(_read(path), str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a study is a mapping of keys, but this file holds {type(raw).__name__}.")
     places = {key: f"{path}, line {line}" for key, line in lines.items()}
@@ -42,7 +41,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         key = _override(raw, override)
         places = {known: place for known, place in places.items() if not _is_below(known, key)}
         places[key] = f"--set {shown(override)}"
-    raw = written_out(raw, lambda file: _parse_yaml(_read(file), str(file))[0])
+    raw = written_out(raw, lambda file: parse_yaml(_read(file), str(file))[0])
     return parse_study(raw, source=str(path), places=places)
 
 
@@ -73,7 +72,7 @@ def read_params(texts: Sequence[str]) -> Params:
         where = f"--param {shown(text)}"
         if not separator or not name:
             raise ConfigError(f"{where}: write name=value, such as --param max-num-seqs=32.")
-        params[name], _ = _parse_yaml(value, where)
+        params[name], _ = parse_yaml(value, where)
         for _, why in _not_plain(params[name], name):
             raise ConfigError(f"{where}: {why}.")
     return params
@@ -98,75 +97,13 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-class _StudyLoader(yaml.SafeLoader):
-    """Plain YAML: no tags, no aliases (whose expansion need not end), no deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node; raises `MarkedYAMLError` for what a study may not hold."""
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise _refusal(event, "aliases (*name) are not supported; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise _refusal(event, "tags (!name) are not supported; write a plain value")
-        if self.depth > MAX_DEPTH:
-            raise _refusal(event, f"nested more than {MAX_DEPTH} levels deep")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def _refusal(event: yaml.Event, why: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=why, problem_mark=event.start_mark)  # type: ignore[arg-type]
-
-
-def _parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
-    """What the text holds, and the line of each dotted key, counted from 1."""
-    try:
-        loader = _StudyLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        lines = dict(_lines(node, source))
-        return loader.construct_document(node), lines
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{source}: broken YAML: {_yaml_problem(error)}") from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})." if mark else f"{problem}."
-
-
-def _lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key to line number, counted from 1; refuses keys that stand twice."""
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield f"{prefix}[{index}]", item.start_mark.line + 1
-            yield from _lines(item, source, f"{prefix}[{index}]")
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key_node, value in node.value:
-            key = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in seen or key == "<<":
-                why = "stands twice; leave one out" if key in seen else "is not supported; write the keys out"
-                raise ConfigError(f"{source}, line {line}: key {shown(key)} {why}.")
-            seen.add(key)
-            yield (path := f"{prefix}.{key}" if prefix else key), line
-            yield from _lines(value, source, path)
-
-
 def _override(raw: dict[str, Any], override: str) -> str:
     """Apply `key.path=value`; returns the key."""
     key, separator, text = override.partition("=")
     where = f"--set {shown(override)}"
     if not separator or not key:
         raise ConfigError(f"{where}: write key.path=value, such as --set search.trials=4.")
-    value, _ = _parse_yaml(text, where)
+    value, _ = parse_yaml(text, where)
     target, *parts = key.split(".")
     node = raw
     for part in parts:

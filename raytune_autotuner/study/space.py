@@ -218,6 +218,11 @@ def readable(value: Any) -> str:
     return printable(format_value(value))
 
 
+def changes(params: Params, fixed: Params) -> dict[str, Any]:
+    """The parameters of a setting that differ from the baseline's arguments."""
+    return {name: value for name, value in params.items() if name not in fixed or fixed[name] != value}
+
+
 def setting_key(params: Params) -> str:
     """The same text for the same setting, whatever the order of its parameters."""
     return json.dumps(params, sort_keys=True, default=str)

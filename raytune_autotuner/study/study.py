@@ -104,6 +104,7 @@ Seed = Annotated[int, Field(ge=0, le=4_000_000_000, strict=True)]
 PositiveNumber = Annotated[float, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True, json_schema_extra=_SHARE)]
 Direction = Literal["maximize", "minimize"]
+Grade = Literal["progress", "elapsed", "infinite", "ignore"]
 
 
 class _Model(BaseModel):
@@ -374,7 +375,7 @@ class TrialSpec(_Model):
 class PenaltySpec(_Model):
     """What a failed trial is worth."""
 
-    grade: Literal["progress", "elapsed", "infinite", "ignore"] = "progress"
+    grade: Grade = "progress"
     """What a failed trial is worth to the sampler. `progress`: the further it got, by stage, the less it costs. The
     others are there to compare with."""
 

@@ -27,7 +27,7 @@ from raytune_autotuner.report.runs import create_run, mirrored, open_run
 from raytune_autotuner.report.status import Phase, StudyStatus, write_status
 from raytune_autotuner.report.store import Store, place
 from raytune_autotuner.score.objective import judged
-from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.errors import INTERRUPTED, NO_RESULT, OK, ConfigError
 from raytune_autotuner.study.masking import MASK, mask_line, mask_values
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study, only_setting
@@ -37,7 +37,6 @@ from raytune_autotuner.tune.cluster import this_machine
 from raytune_autotuner.tune.evaluate import Evaluation
 from raytune_autotuner.tune.versions import versions
 
-OK, NO_RESULT, INTERRUPTED = 0, 1, 130
 ENDING = "-bench"
 """Of the folder's name, so that it is not taken for a run of the study."""
 

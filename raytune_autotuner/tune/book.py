@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from raytune_autotuner.report.verdict import best_with
-from raytune_autotuner.score.grades import Direction
 from raytune_autotuner.study.failure import Blame
+from raytune_autotuner.study.study import Direction
 from raytune_autotuner.study.trial import State, TrialRow
 
 

@@ -33,8 +33,10 @@ from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_ser
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
 from raytune_autotuner.load.workload import Level, generate, levels
+from raytune_autotuner.report.course import REQUESTS, SAMPLES
 from raytune_autotuner.report.logs import LogWriter
-from raytune_autotuner.report.results import write_json, write_result
+from raytune_autotuner.report.results import write_result
+from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.metrics import energy_metrics, summarize
 from raytune_autotuner.score.objective import trial_metrics
@@ -59,7 +61,6 @@ DYING_S = 3.0
 MAX_BISECTIONS = 5
 CLOSE_ENOUGH = 1.05
 """Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
-SERIES = "engine_metrics.parquet"
 _FINAL = r"HTTP 4(?!08|25|29)\d\d|answer cut short: no usage"
 """Answers to the first completion after which no other one can be expected."""
 
@@ -452,8 +453,8 @@ class Evaluation:
         A trial that was ended early has no result of its own, lest its part be taken for the whole.
         """
         try:
-            write_records(self.workdir / "requests.parquet", self._records)
-            write_series(self.workdir / SERIES, self._watched)
+            write_records(self.workdir / REQUESTS, self._records)
+            write_series(self.workdir / SAMPLES, self._watched)
             if result is not None:
                 write_result(self.workdir, result)
             self._log.write(self.stage, said)

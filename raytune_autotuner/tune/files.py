@@ -26,8 +26,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_autotuner.engine.server import read_end
-from raytune_autotuner.report.results import SUGGESTION, atomically
+from raytune_autotuner.report.results import SUGGESTION
 from raytune_autotuner.report.store import is_inside
+from raytune_autotuner.report.writing import atomically
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,13 @@ from ray.tune.execution import class_cache
 
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.engine.processes import sweep_orphans
+from raytune_autotuner.report.best import write_best
 from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.mirror import Mirror
 from raytune_autotuner.report.recheck import Claim, Recheck, answer_of, claim_notes, note_claim
-from raytune_autotuner.report.results import SUGGESTION, ResultsFolder, cut_half_line
+from raytune_autotuner.report.results import SUGGESTION, ResultsFolder
 from raytune_autotuner.report.runs import create_run
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, time_left_s, write_status
@@ -37,7 +38,8 @@ from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher
 from raytune_autotuner.report.verdict import Verdict
 from raytune_autotuner.report.wording import describe_params
-from raytune_autotuner.study.errors import AutotunerError, ConfigError, StudyError
+from raytune_autotuner.report.writing import cut_half_line
+from raytune_autotuner.study.errors import INTERRUPTED, NO_RESULT, OK, AutotunerError, ConfigError, StudyError
 from raytune_autotuner.study.masking import is_secret, learn
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
@@ -64,7 +66,6 @@ from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
 logger = logging.getLogger(__name__)
-OK, NO_RESULT, INTERRUPTED = 0, 1, 130
 _STOP = (signal.SIGINT, signal.SIGTERM)
 LOOK_S = 2.0
 """So often the cluster is asked for its nodes."""
@@ -306,7 +307,7 @@ class _Run:
         except AutotunerError as error:
             self.log.write_study(f"no launch line: {error}")
             return None
-        self.folder.write_best(self.study, answer.winner, answer.baseline, model, lines[0], answer)
+        write_best(self.folder, self.study, answer.winner, answer, model, lines[0])
         return lines
 
     def _tuner(self, searcher: StudySearch) -> Tuner:

@@ -139,8 +139,8 @@ def _feasible(trial: FrozenTrial) -> bool:
 class Grid(BaseSampler):
     """Every setting of the space once, in an order shuffled by the seed; points that were queued count as visited.
 
-    Optuna's own grid ends a study by `stop()`, which nothing hears under ask and tell, and knows no conditions. Here
-    `exhausted` tells; a suggestion beyond the grid starts over.
+    Optuna's own grid ends a study by `stop()`, which nothing hears under ask and tell, and knows no conditions. Here a
+    suggestion beyond the grid starts over, and the searcher sees that it knows all of them.
     """
 
     def __init__(self, space: SearchSpace, fixed: Params | None = None, seed: int = 0) -> None:
@@ -152,10 +152,6 @@ class Grid(BaseSampler):
         self._points = [encode_point(space, point) for point in points]
         random.Random(seed).shuffle(self._points)
         self._given: dict[int, Mapping[str, Any]] = {}
-
-    def exhausted(self, ot_study: optuna.Study) -> bool:
-        """Whether every setting was suggested (it may still be running)."""
-        return self._next(ot_study, -1) is None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Nothing is sampled jointly: `before_trial` has fixed the whole setting."""

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from raytune_autotuner.report.finalists import finalists
 from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study
@@ -31,7 +32,7 @@ from raytune_autotuner.tune.lessons import Lessons
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter
 from raytune_autotuner.tune.samplers import unmeasured
 from raytune_autotuner.tune.tell import Teller, encode_point, suggest
-from raytune_autotuner.tune.verification import finalists, next_restart
+from raytune_autotuner.tune.verification import next_restart
 from raytune_autotuner.tune.warm_start import Learned, best_of
 
 logger = logging.getLogger(__name__)

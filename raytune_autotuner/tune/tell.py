@@ -34,14 +34,14 @@ from optuna.distributions import (
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from raytune_autotuner.score.grades import Direction, elapsed_conflict
+from raytune_autotuner.score.grades import elapsed_conflict
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.score.objective import assess_failure, softened
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.space import Choice, Parameter, Params, Range, SearchSpace
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import State, TrialRow
 
 logger = logging.getLogger(__name__)

@@ -1,57 +1,15 @@
-"""The end of a search: which settings are measured again before one is recommended, and in which order.
+"""The end of a search: in which order the finalists are measured again before one is recommended.
 
-Rows in, the next restart out. Knows neither Ray nor Optuna, and no statistics: `score/comparison.py` has those.
+Rows in, the next restart out. Knows neither Ray nor Optuna; who is a finalist is for `report/finalists.py` to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raytune_autotuner.report.verdict import changes
-from raytune_autotuner.score.pareto import knee, pareto_front
-from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import BASELINE, State, TrialRow
+from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.reporter import may_run_again
-
-
-def finalists(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
-    """The trials whose settings are worth measuring again, the baseline first; empty where there is nothing to decide.
-
-    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case. The
-    settings of an earlier run that is verified are all there is.
-    """
-    if taken := [row for row in rows if row.state is State.EARLIER]:
-        return taken
-    found = [row for row in rows if row.verifies is None and row.state is State.MEASURED]
-    baseline = next((row for row in reversed(found) if row.name == BASELINE), None)
-    best = _best_first(study, [row for row in found if row.feasible], defaults)
-    if baseline in best and len(study.objective.targets) == 1:
-        best = best[: best.index(baseline)]
-    top = [row for row in best if row.name != BASELINE][: study.verify.top]
-    return ([] if baseline is None else [baseline]) + top if top else []
-
-
-def _best_first(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
-    """By score, of equal ones the baseline first; with several objectives the Pareto front from its knee on."""
-    if len(study.objective.targets) > 1:
-        return _from_the_knee(study, rows)
-    sign = -1.0 if study.objective.direction == "maximize" else 1.0
-
-    def key(row: TrialRow) -> tuple[float, bool, int]:
-        return (sign * (row.score or 0.0), row.name != BASELINE, len(changes(row.params, defaults)))
-
-    return sorted(rows, key=key)
-
-
-def _from_the_knee(study: Study, rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """The front's members: its knee, then the knee of the others, and so on."""
-    directions = [direction for _, direction in study.objective.targets]
-    front, ordered = pareto_front(rows, directions), list[TrialRow]()
-    while (best := knee(front, directions)) is not None:
-        ordered.append(best)
-        front = [row for row in front if row is not best]
-    return ordered
 
 
 def next_restart(study: Study, rows: Sequence[TrialRow], chosen: Sequence[TrialRow]) -> tuple[TrialRow, int] | None:

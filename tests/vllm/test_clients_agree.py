@@ -66,7 +66,7 @@ def serving(study: Study, folder: Path) -> Iterator[tuple[str, str]]:
             timeout_s=300,
         ) as server,
     ):
-        server.wait_ready(lambda: client.completion_probe(server.base_url, engine.served_model, 30))
+        server.wait_ready(lambda: client.completion_error(server.base_url, engine.served_model, 30) is None)
         yield server.base_url, engine.served_model
 
 

@@ -52,7 +52,7 @@ def serving(folder: Path, params: dict[str, Any]) -> Iterator[tuple[EngineServer
             timeout_s=START_S,
         ) as server:
             server.wait_ready()
-            server.wait_ready(lambda: client.completion_probe(server.base_url, engine.served_model, 30))
+            server.wait_ready(lambda: client.completion_error(server.base_url, engine.served_model, 30) is None)
             yield server, engine.served_model
 
 

@@ -17,6 +17,7 @@ from raytune_autotuner.report.html.charts import slo_limits
 from raytune_autotuner.report.html.evidence import Evidence
 from raytune_autotuner.report.html.figures import PLAIN, SERIES, Chart, Trace, axis, label, rounded, scatter, who
 from raytune_autotuner.report.wording import format_number
+from raytune_autotuner.score.pareto import cost
 from raytune_autotuner.score.records import RequestRecord
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -124,8 +125,8 @@ def _chosen(evidence: Evidence) -> list[TrialRow]:
     having = [row for row in evidence.searched if row.state is State.MEASURED and row.taken_from is None]
     if not having:  # a run that verifies an earlier one has restarts only
         having = [one.measured[0] for one in evidence.contenders if one.measured]
-    sign = -1.0 if evidence.study.objective.direction == "maximize" else 1.0
-    best = sorted(having, key=lambda row: (not row.feasible, sign * (row.score or 0.0)))
+    way = evidence.study.objective.direction
+    best = sorted(having, key=lambda row: (not row.feasible, cost(row.score or 0.0, way)))
     first = [row for row in (evidence.baseline, evidence.winner) if row is not None]
     numbers = dict.fromkeys(row.number for row in (*first, *finalists, *best))
     known = {row.number: row for row in having}

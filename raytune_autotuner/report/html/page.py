@@ -22,7 +22,8 @@ from raytune_autotuner.report.html.loads import TrialLoads
 from raytune_autotuner.report.html.markup import Markup, json_text, tag
 from raytune_autotuner.report.html.sections import chart_box, section
 from raytune_autotuner.report.html.trials import trials
-from raytune_autotuner.report.results import ResultsFolder, write_text
+from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.writing import write_text
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.masking import mask_values
 

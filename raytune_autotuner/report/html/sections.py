@@ -12,11 +12,11 @@ from raytune_autotuner.report.finalists import Contender
 from raytune_autotuner.report.html.evidence import Evidence, unit_of
 from raytune_autotuner.report.html.figures import Chart, who
 from raytune_autotuner.report.html.markup import Markup, join, number_cell, number_head, table, tag
-from raytune_autotuner.report.verdict import changes
 from raytune_autotuner.report.wording import contender_cells, format_number, percent
 from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.score.pareto import cost
 from raytune_autotuner.study.masking import mask
-from raytune_autotuner.study.space import format_value
+from raytune_autotuner.study.space import changes, format_value
 from raytune_autotuner.study.trial import State, TrialRow
 
 _STANDING = {
@@ -236,8 +236,8 @@ def _rival(evidence: Evidence) -> TrialRow | None:
         return winner
     others = [row for row in evidence.searched if row.state is State.MEASURED and row.params and row.score is not None]
     others = others or [one.row for one in evidence.contenders if one.measured and not one.is_baseline]
-    sign = -1.0 if evidence.study.objective.direction == "maximize" else 1.0
-    return min(others, key=lambda row: (not row.feasible, sign * (row.score or 0.0)), default=None)
+    way = evidence.study.objective.direction
+    return min(others, key=lambda row: (not row.feasible, cost(row.score or 0.0, way)), default=None)
 
 
 def _figures(evidence: Evidence, row: TrialRow) -> tuple[Mapping[str, float], int]:

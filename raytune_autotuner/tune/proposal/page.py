@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import yaml
+from raytune_autotuner.study.plain import dump_yaml
 
 Path: TypeAlias = tuple[str, ...]
 Comments: TypeAlias = Mapping[Path, Sequence[str]]
@@ -33,18 +33,10 @@ def scalar(value: Any) -> str:
     >>> scalar("a: b"), scalar("env:A"), scalar({"choice": ["0-1", 2, None]})
     ("'a: b'", 'env:A', '{choice: [0-1, 2, null]}')
     """
-    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**9}
+    options: dict[str, Any] = {"default_flow_style": True, "allow_unicode": False, "width": 10**9}
     if isinstance(value, str) and not value.isprintable():
         options["default_style"] = '"'  # other styles break lines where the text does
-    text = str(yaml.dump(value, Dumper=_Dumper, **options))
-    return text.removesuffix("...\n").strip("\n")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Without aliases, which study files may not have."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    return dump_yaml(value, **options).removesuffix("...\n").strip("\n")
 
 
 def _entry(path: Path, value: Any, comments: Comments) -> Iterator[str]:
