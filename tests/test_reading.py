@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.engine.reading import (
+    ANY_RULES,
     VLLM_RULES,
     Diagnosis,
     FailureRule,
@@ -483,6 +484,14 @@ def test_an_end_by_a_signal_without_an_error_is_told_from_the_exit_code(exit_cod
     assert failure.kind is kind
     assert name in failure.evidence
     assert diagnose(SERVED, exit_code=exit_code, ended_by_us=True).failure is None
+
+
+def test_what_to_lower_after_a_kill_for_memory_is_told_in_the_engines_own_words() -> None:
+    assert "max-num-seqs" in _failure(SERVED, exit_code=-9).remedy
+    other = diagnose(["listening on port 8000"], exit_code=-9, rules=ANY_RULES).failure
+    assert other is not None
+    assert "such as context, batch or requests at once, and look at dmesg" in other.remedy
+    assert "max-num-seqs" not in other.remedy
 
 
 def test_a_shared_memory_that_is_too_small_is_not_the_parameters_fault() -> None:

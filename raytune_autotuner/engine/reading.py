@@ -391,7 +391,8 @@ class _Story:
         signal = _signal(exit_code)
         name, rule = _SIGNALS.get(signal or 0, (f"signal {signal}", _UNKNOWN))
         last = f"; last line: {_clean(_parse(self.last).text)}" if self.last else ""
-        return self._failure(rule, f"ended by {name} (exit code {exit_code}), no error in the log{last}")
+        proof = f"ended by {name} (exit code {exit_code}), no error in the log{last}"
+        return self._failure(rule, proof, {"spare": self.rules.spare})
 
     def _failure(self, rule: FailureRule, proof: str, values: Mapping[str, str | None] | None = None) -> Failure:
         remedy = rule.remedy.format_map({name: value or "?" for name, value in (values or {}).items()})
@@ -467,8 +468,7 @@ _SIGNALS = {
             Kind.OUT_OF_MEMORY,
             Blame.PARAMETERS,
             "",
-            "Most often the kernel, for memory: lower the KV cache's size, max-num-seqs or max-num-batched-tokens, and "
-            "look at dmesg.",
+            "Most often the kernel, for memory: {spare}, and look at dmesg.",
         ),
     ),
     11: ("SIGSEGV", _CRASH),

@@ -67,8 +67,11 @@ class LogRules:
     """Lines of a stop on purpose; what follows is no failure."""
     launch: str
     """First line of a fresh start, in a log that holds several."""
+    spare: str
+    """What makes a setting hold less memory, for people."""
 
 
+_SPARE = "lower the KV cache's size, max-num-seqs or max-num-batched-tokens"
 _STARTING = (Stage.ARGUMENTS, Stage.CONFIGURATION, Stage.INITIALIZATION)
 _LATE = (Stage.READY, Stage.WARMUP, Stage.LOAD)
 
@@ -567,8 +570,7 @@ _DEATHS = (
     _parameters(
         Kind.WORKER_LOST,
         r"Worker proc \S+ died unexpectedly \(exit code: (?:-9|None)\)",
-        "A worker was killed, most often by the kernel for memory: lower the KV cache's size, max-num-seqs or "
-        "max-num-batched-tokens, and look at dmesg.",
+        f"A worker was killed, most often by the kernel for memory: {_SPARE}, and look at dmesg.",
     ),
     _parameters(
         Kind.WORKER_LOST,
@@ -634,6 +636,7 @@ VLLM_RULES = LogRules(
         r"|^INFO: +Shutting down|^KeyboardInterrupt\b|^SystemExit\b|Received SIG(?:TERM|INT)|Terminated$"
     ),
     launch=r"non-default args:",
+    spare=_SPARE,
 )
 """vLLM's log, with the common lines of SGLang and llama.cpp."""
 
@@ -680,6 +683,7 @@ ANY_RULES = replace(
     stages=tuple(sorted(_ANY_STAGES + VLLM_RULES.stages, key=lambda rule: rule.stage.order)),
     shares={Stage.WEIGHTS: r"(\d{1,3})%(?: Completed|\|)", Stage.GRAPH_CAPTURE: r"(\d{1,3})%\|"},
     failures=_ANY_FAILURES + VLLM_RULES.failures,
+    spare="lower what the setting holds, such as context, batch or requests at once",
     lone=rf"{VLLM_RULES.lone}|[Nn]o such option|[Ii]nvalid value |flag provided but not defined"
     r"|^[A-Za-z_][\w.]*(?:Error|Exception)\b: |memory allocation of \d+ bytes failed",
 )
