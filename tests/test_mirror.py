@@ -24,9 +24,9 @@ class Run:
         self.said: list[str] = []
         self.write("study.yaml", "study: one")
 
-    def mirror(self, patience_s: float = 0.0) -> Mirror:
+    def mirror(self, patience_s: float = 0.0, round_s: float = ROUND_S) -> Mirror:
         store = Store(self.there.as_uri())
-        return Mirror(self.folder, store, self.said.append, round_s=ROUND_S, patience_s=patience_s)
+        return Mirror(self.folder, store, self.said.append, round_s=round_s, patience_s=patience_s)
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name
@@ -95,6 +95,24 @@ def test_a_trials_files_come_once_they_are_due_and_all_at_the_end(run: Run) -> N
         "trials/1-b/trial.json",
         "trials/1-b/trial.log",
     }
+
+
+def test_what_is_due_does_not_wait_for_the_next_round(run: Run) -> None:
+    with run.mirror(round_s=3600) as mirror:
+        await_(run.come)
+        mirror.due(run.write("trials/0-a/result.json", "{}"))
+        await_(lambda: len(run.come()) == 2)
+
+
+def test_no_table_comes_without_what_its_rows_speak_of(run: Run) -> None:
+    for name in ("status.json", "trials.jsonl", "optuna.log"):
+        run.write(name, "one trial")
+    (run.there / "optuna.log").mkdir(parents=True)  # in the way of it
+    with run.mirror():
+        await_(lambda: run.said)
+        assert not {"trials.jsonl", "status.json"} & run.come().keys()
+        (run.there / "optuna.log").rmdir()
+    assert {"optuna.log", "trials.jsonl", "status.json"} <= run.come().keys()
 
 
 def test_what_has_not_changed_is_not_brought_twice(run: Run) -> None:

@@ -112,7 +112,9 @@ def test_a_uri_with_credentials_in_it_is_refused_and_not_repeated(uri: str) -> N
     assert "rXUtnFEMI" not in str(error.value)
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3:///path", "gs://", "file://host/path", "s3://bucket/../path"])
+@pytest.mark.parametrize(
+    "uri", ["s3://", "s3:///path", "gs://", "file://host/path", "s3://bucket/../path", "s3:/bucket/path"]
+)
 def test_a_uri_without_a_bucket_or_with_a_host_is_told_how_to_be_written(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"write it as (s3|gs|file)://"):
         place(uri)

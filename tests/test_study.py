@@ -69,6 +69,12 @@ def test_what_is_no_duration_is_refused(text: Any) -> None:
         parse_study({**MINIMAL, "trial": {"timeout_s": text}})
 
 
+@pytest.mark.parametrize("key", ["dataset", "trace"])
+def test_a_uri_where_every_node_needs_a_path_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"workload\.{key}: takes a path .* but got 's3://bucket/file'"):
+        parse_study({**MINIMAL, "workload": {key: "s3://bucket/file"}})
+
+
 def test_a_trials_setting_is_the_fixed_one_with_its_parameters_over_it() -> None:
     study = parse_study(
         {**MINIMAL, "engine": {"args": {"max-num-seqs": 4, "dtype": "auto"}, "env": {"VLLM_A": 1, "VLLM_B": True}}}

@@ -21,22 +21,26 @@ from raytune_autotuner.report.store import Store, reason
 from raytune_autotuner.study.errors import StudyError
 
 ROUND_S = 10.0
-"""So often what is due is brought over."""
+"""So often what has changed is brought over, and at once what is due; see `_ease_s`."""
+EASE_S = 1.0
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 """Between two tries on a store that does not answer: doubled from the first to the longest."""
 PATIENCE_S = 60.0
 """How long a study that has ended tries to bring over what is left."""
+_SHARE = 10
+"""A round may take one part in so many of the time."""
 _AT_ONCE = 8
-_LAST = "status.json"
-"""Whoever reads it finds all that it speaks of."""
+_LAST = ("optuna.log", "trials.jsonl", "status.json")
+"""Each speaks of what is in those before it and in all other files. Whoever finds one in the store finds that there,
+also where the driver died in the midst of a round: a study goes on from there."""
 
 
 class Mirror:
     """Brings a run's folder to a store; as a context manager, from a study's start to its end.
 
-    Each round brings what has changed among the folder's own files, and what `due` was told of. The end brings all
-    that has changed. Leaving raises `StudyError` where it never came.
+    Each round brings what has changed among the folder's own files, and what `due` was told of, which begins one. The
+    end brings all that has changed. Leaving raises `StudyError` where it never came.
     """
 
     def __init__(
@@ -59,12 +63,14 @@ class Mirror:
         self._due: set[Path] = set()
         self._why: str | None = None
         self._wait_s = FIRST_WAIT_S
+        self._news = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def due(self, path: Path) -> None:
-        """Bring this file, or all files of this folder, in the next round; returns at once."""
+        """Bring this file, or all files of this folder, as soon as may be; returns at once."""
         self._told.put(path)
+        self._news.set()
 
     def __enter__(self) -> Mirror:
         self._thread.start()
@@ -72,6 +78,7 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ending.set()
+        self._news.set()
         self._thread.join()
         until, self._wait_s = time.monotonic() + self._patience_s, FIRST_WAIT_S
         # Twice, as what `say` was told may be in a file of the folder.
@@ -85,24 +92,35 @@ class Mirror:
             time.sleep(self._wait_s)
 
     def _work(self) -> None:
-        while not self._ending.wait(self._round_s if self._round() else self._wait_s):
-            pass
+        while not self._ending.is_set():
+            begun = time.monotonic()
+            if not self._round():
+                self._ending.wait(self._wait_s)
+                continue
+            self._ending.wait(self._ease_s(time.monotonic() - begun))
+            self._news.wait(self._round_s)
+
+    def _ease_s(self, took_s: float) -> float:
+        """Between two rounds at least: many trials that end soon after each other do not make one each."""
+        return min(max(EASE_S, _SHARE * took_s), self._round_s)
 
     def _round(self) -> bool:
+        self._news.clear()
         done = self._bring(self._due_now)
         if done:
             self._due.clear()
         return done
 
     def _bring(self, paths: Callable[[], Iterable[Path]]) -> bool:
-        """Bring what has changed of `paths`, and then the status as it was before; whether all of it came."""
+        """Bring what has changed of `paths`, and then the last ones as they were before; whether all of it came."""
         try:
-            known = self._known()
-            last = _Taken.of(self._folder / _LAST)
-            changed = [path for path in _files_in(paths()) if path.name != _LAST and known.get(path) != _state(path)]
+            in_order = [self._folder / name for name in _LAST]
+            last = [_Taken.of(path) for path in reversed(in_order) if self._changed(path)]
+            others = [path for path in _files_in(paths()) if path not in in_order and self._changed(path)]
             with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="mirror") as pool:
-                list(pool.map(lambda path: self._send(_Taken.of(path)), changed))
-            self._send(last)
+                list(pool.map(lambda path: self._send(_Taken.of(path)), others))
+            for taken in reversed(last):
+                self._send(taken)
         except OSError as error:
             self._failed(reason(error))
             return False
@@ -115,6 +133,9 @@ class Mirror:
             there = self._store.files()
             self._brought = {self._folder / name: (entry.size, entry.mtime_ns) for name, entry in there.items()}
         return self._brought
+
+    def _changed(self, path: Path) -> bool:
+        return self._known().get(path) != _state(path)
 
     def _send(self, taken: _Taken | None) -> None:
         if taken is not None and self._known().get(taken.path) != taken.state:

@@ -25,6 +25,8 @@ from raytune_autotuner.study.study import Study
 _AT_ONCE = 8
 FRESH_S = 5.0
 """So old a copy may be that is being followed."""
+_FACTS = (".yaml", ".json", ".jsonl")
+"""Endings of the files that tell what was run and what came of it; the others of a run's own weigh far more."""
 
 
 def create_run(place: Path | Store, study: Study, ending: str = "") -> ResultsFolder:
@@ -49,7 +51,7 @@ def open_run(place: Path | Store, trials: str = "*") -> ResultsFolder:
     """
     if isinstance(place, Path):
         return ResultsFolder.open(place)
-    folder = ResultsFolder(_home("XDG_CACHE_HOME", ".cache") / "results" / place.local, place)
+    folder = _copy_of(place)
     with _readable(place):
         if folder.study_file.name in place.files(recursive=False):
             fetch(place, folder.path, trials, growing=True)
@@ -60,12 +62,14 @@ def open_run(place: Path | Store, trials: str = "*") -> ResultsFolder:
 
 
 def runs_at(place: Path | Store, study: str | None = None) -> list[ResultsFolder]:
-    """The runs there (of one study, if named), oldest first; of a store without their trials' folders."""
+    """The runs there (of one study, if named), oldest first; of a store what tells of them and of their trials."""
     if isinstance(place, Path):
         return ResultsFolder.runs(place, study)
     with _readable(place):
-        names = order_runs(place.folders(), study)
-    return [open_run(place / name, trials="") for name in names]
+        found = [_copy_of(place / name) for name in order_runs(place.folders(), study)]
+    for run in found:
+        fetch(place / run.path.name, run.path, trials="", growing=True, endings=_FACTS)
+    return [run for run in found if run.study_file.is_file()]
 
 
 def folders_of(trial: int | None) -> str:
@@ -103,8 +107,10 @@ def kept_in(store: Store) -> Path:
     return _home("XDG_STATE_HOME", ".local/state") / "results" / store.local
 
 
-def fetch(store: Store, into: Path, trials: str = "*", *, growing: bool = False) -> None:
-    """Make the files in `into` those of the run in the store, as far as they differ.
+def fetch(
+    store: Store, into: Path, trials: str = "*", *, growing: bool = False, endings: tuple[str, ...] = ("",)
+) -> None:
+    """Make the files in `into` those of the run in the store, as far as they differ; of its own those with `endings`.
 
     Of trials whose folders are not named `trials`, only those that have not ended are fetched, as they were suggested.
     `growing`: `into` is only ever written by this, so that a log that is longer there is one that has grown. Raises
@@ -116,8 +122,12 @@ def fetch(store: Store, into: Path, trials: str = "*", *, growing: bool = False)
             list(pool.map(lambda name: _fetch_file(store, name, files[name], into / name, growing), files))
 
         # The status first: what it speaks of was there before it.
-        get(store.files(recursive=False))
+        get({name: entry for name, entry in store.files(recursive=False).items() if name.endswith(endings)})
         get(store.files(TRIALS) if trials == "*" else _some_of(store, trials, ResultsFolder(into)))
+
+
+def _copy_of(run: Store) -> ResultsFolder:
+    return ResultsFolder(_home("XDG_CACHE_HOME", ".cache") / "results" / run.local, run)
 
 
 def _some_of(store: Store, trials: str, copy: ResultsFolder) -> dict[str, Entry]:

@@ -136,8 +136,10 @@ def place(text: str, in_study: bool = False) -> Path | Store:
 
     One that stands in a study may not choose an endpoint, to which this machine's credentials would go.
     """
-    scheme, colon, _ = text.partition("://")
-    if not colon:
+    scheme, _, rest = text.partition(":")
+    if not rest.startswith("//"):
+        if rest and scheme in SCHEMES:
+            raise ConfigError(f"results {shown(text)}: write it as {_example(scheme)}.")
         return Path(text)
     if scheme not in SCHEMES:
         raise ConfigError(f"results {scheme}://...: takes a folder, or a URI of {', '.join(SCHEMES)}.")
@@ -149,8 +151,7 @@ def place(text: str, in_study: bool = False) -> Path | Store:
             "come from the environment or the machine; another endpoint is ?endpoint_override=HOST:PORT&scheme=http."
         )
     if (scheme == "file") == bool(parts.netloc) or not is_inside(parts.path.strip("/")):
-        example = "file:///shared/results" if scheme == "file" else f"{scheme}://bucket/path"
-        raise ConfigError(f"results {shown(text)}: write it as {example}.")
+        raise ConfigError(f"results {shown(text)}: write it as {_example(scheme)}.")
     if in_study and _ENDPOINT in parse_qs(parts.query):
         raise ConfigError(
             f"results {shown(text)}: a study may not name an endpoint, as credentials go there. Set AWS_ENDPOINT_URL, "
@@ -167,6 +168,10 @@ def reason(error: Exception) -> str:
 def is_inside(name: str) -> bool:
     """Whether a relative name stays in its folder; those in a store are chosen by whoever can write there."""
     return ".." not in PurePosixPath(name).parts and not name.startswith("/")
+
+
+def _example(scheme: str) -> str:
+    return "file:///shared/results" if scheme == "file" else f"{scheme}://bucket/path"
 
 
 def _write(files: Any, path: str, content: bytes) -> None:

@@ -260,6 +260,13 @@ class Workload(_Model):
             raise ValueError("traffic is D(in,out), N(mean,sd)/(mean,sd) or U(min,max)/(min,max) in tokens")
         return value.strip()
 
+    @field_validator("dataset", "trace", mode="before")
+    @classmethod
+    def _no_uri(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError("takes a path that every node has, not a URI; fetch it first")
+        return value
+
     @field_validator("dataset", "trace")
     @classmethod
     def _in_full(cls, value: Path | None) -> Path | None:

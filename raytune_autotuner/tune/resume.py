@@ -6,6 +6,7 @@ trial counts as finished as soon as its own `result.json` is written. Knows neit
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ import yaml
 from raytune_autotuner.report.recheck import Claim, read_claim
 from raytune_autotuner.report.results import ResultsFolder, order_runs, read_result, study_yaml
 from raytune_autotuner.report.runs import fetch, kept_in, runs_at
-from raytune_autotuner.report.status import read_status
+from raytune_autotuner.report.status import STALE_S, StudyStatus, read_status
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
@@ -52,7 +53,7 @@ def unfinished_run(study: Study, results: Path | Store) -> ResultsFolder:
         raise ConfigError(f"--resume: under {results} there is no unfinished run of {study.study}. Leave --resume out.")
     status = read_status(runs[-1])
     if status is not None and status.driver_alive:
-        raise ConfigError(f"--resume: {runs[-1].place} still runs (process {status.pid} on {status.host}).")
+        raise ConfigError(f"--resume: {runs[-1].place} still runs ({_driver(status)}).")
     _check_same(study, runs[-1])
     return _brought_here(runs[-1])
 
@@ -116,10 +117,21 @@ def _brought_here(run: ResultsFolder) -> ResultsFolder:
     if run.store is None or run.path == kept_in(run.store):
         return run
     path = kept_in(run.store)
+    part = path.with_name(f".{path.name}.part")
+    fetch(run.store, part)  # under another name: half of a run must not be taken for all that is known of it
     if path.exists():  # an earlier state, some trials of which may never have come to the store
         path.rename(path.with_name(f"{path.name}.{time.time_ns()}.outdated"))
-    fetch(run.store, path)
+    part.rename(path)
     return replace(run, path=path)
+
+
+def _driver(status: StudyStatus) -> str:
+    """Who drives a run, as far as that can be told from here."""
+    driver = f"process {status.pid} on {status.host}"
+    if status.host == socket.gethostname():
+        return driver
+    silent_s = max(time.time() - status.updated_at, 0.0)
+    return f"{driver}, heard of {silent_s:.0f} s ago; one that is silent for {STALE_S:.0f} s counts as dead"
 
 
 def _unfinished(run: ResultsFolder) -> bool:
