@@ -1,8 +1,13 @@
-"""A study over several Ray nodes that share no path, of which one dies and another one joins while it runs."""
+"""A study over several Ray nodes that share no path, of which one dies and another one joins while it runs.
+
+What was lost is run again elsewhere, and all files come back; of what was lost, those from before.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +16,7 @@ from optuna.trial import TrialState
 
 import raytune_autotuner
 from raytune_autotuner.report.results import ResultsFolder
-from tests.ray_nodes import Network, environment, why_not
+from tests.ray_nodes import Network, RayNode, environment, why_not
 from tests.studies import command, marks, only_run, optuna_trials, write_study
 from tests.test_study_run import SLOW, wait_for
 
@@ -32,7 +37,7 @@ def test_a_study_goes_on_while_nodes_die_and_join_and_their_files_come_back(tmp_
     (tmp_path / "results").mkdir()
     # The package is on the head alone, as are the results; and the head's own CPU is not of the zone that is wanted.
     apart = [tmp_path / "results", PACKAGE]
-    head = network.start_head("--num-cpus=1")
+    head = network.start_head("--num-cpus=1", "--include-dashboard=true")
     first = network.start_node("--labels=zone=far", hide=apart)
     study = write_study(
         tmp_path,
@@ -47,12 +52,19 @@ def test_a_study_goes_on_while_nodes_die_and_join_and_their_files_come_back(tmp_
         head.inside(command(study, "--address", "auto")), env=environment(), stdout=subprocess.PIPE, text=True
     )
     with driver:
-        wait_for(lambda: any(mark.endswith(trial_id(study, 2)) for mark in marks_of(study).values()))
+        wait_for(lambda: any(log.stat().st_size for log in study.parent.glob("results/*/trials/2-*/engine.log")))
+        assert any(mark.endswith(trial_id(study, 2)) for mark in marks_of(study).values())  # it still runs
         first.kill()
         second = network.start_node("--labels=zone=far", hide=apart)
         said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, said
     folder = only_run(study)
+    assert actors(head) == {
+        ("TrialMonitor", f"{folder.path.name} monitor"),
+        *(("EngineTrial", f"{folder.path.name} trial {number}") for number in range(4)),
+        *(("FileReader", f"{folder.path.name} files on {node.name}") for node in (first, second)),
+        *(("EngineHost", f"test engine on {node.name}") for node in (first, second)),
+    }
     rows = folder.read_rows()
     assert [(str(row.state), row.result.node) for row in rows] == [
         ("measured", first.name),
@@ -64,12 +76,19 @@ def test_a_study_goes_on_while_nodes_die_and_join_and_their_files_come_back(tmp_
     assert (str(rows[2].result.failure.kind), rows[3].retry_of) == ("node-lost", 2)
     told = [trial.state for trial in optuna_trials(folder)]
     assert told == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
-    for row, last in ((rows[0], "measured in"), (rows[1], "initialization"), (rows[3], "measured in")):
+    for row, last in zip(rows, ("measured in", "initialization", "", "measured in"), strict=True):
         there = folder.trial_dir(row.number, row.trial_id)
         assert {"trial.log", "engine.log", "command.json"} <= {path.name for path in there.iterdir()}
         assert last in (there / "trial.log").read_text()
     assert (folder.find_trial_dir(0) / "requests.parquet").is_file()
     assert marks_of(study) == {}
+
+
+def actors(head: RayNode) -> set[tuple[str, str]]:
+    """Class and name of each actor that the cluster has seen, as Ray's dashboard shows them."""
+    words = [sys.executable, "-m", "ray.scripts.scripts", "list", "actors", "--detail", "--format=json"]
+    said = subprocess.run(head.inside(words), env=environment(), capture_output=True, text=True, check=True)
+    return {(actor["class_name"], actor["repr_name"]) for actor in json.loads(said.stdout)}
 
 
 def trial_id(study: Path, number: int) -> str:

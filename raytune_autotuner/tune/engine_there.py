@@ -8,6 +8,7 @@ lives as long as the study. Should that node die, the next question starts anoth
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from typing import Any
 
@@ -134,7 +135,7 @@ class EngineThere:
     def _start(self) -> None:
         self._node_id = self._cluster.now().for_trials(self._study)[0].node_id
         there = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
-        self._host = ray.remote(_Host).options(num_cpus=0, scheduling_strategy=there).remote(self._study)
+        self._host = ray.remote(EngineHost).options(num_cpus=0, scheduling_strategy=there).remote(self._study)
 
     def _await(self, answer: Any, timeout_s: float) -> Any:
         """What `ray.get` gives; a node that is cut off is not waited for until Ray has noticed."""
@@ -147,11 +148,16 @@ class EngineThere:
                     raise
 
 
-class _Host:
+class EngineHost:
     """The engine on its node, as an actor."""
 
     def __init__(self, study: Study) -> None:
+        self._study = study.study
         self._engine = make_engine(study)
+
+    def __repr__(self) -> str:
+        """As the Ray dashboard shows the actor."""
+        return f"{self._study} engine on {socket.gethostname()}"
 
     def answer(self, name: str, *arguments: Any) -> tuple[str | None, Any]:
         """(what is wrong with the study, if anything is; the answer)."""

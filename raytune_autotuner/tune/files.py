@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,7 +67,8 @@ class Piece:
 class FarFiles:
     """What trials on other nodes write, kept up to date here."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
         self._near = {"", ray.get_runtime_context().get_node_id()}
         self._readers: dict[str, Any] = {}
         self._asked: dict[str, Any] = {}
@@ -92,7 +94,8 @@ class FarFiles:
     def _ask(self, node_id: str, trial_dirs: Sequence[Path], limit: int | None) -> None:
         if node_id not in self._readers:
             there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            self._readers[node_id] = ray.remote(_Reader).options(num_cpus=0, scheduling_strategy=there).remote()
+            reader = ray.remote(FileReader).options(num_cpus=0, scheduling_strategy=there)
+            self._readers[node_id] = reader.remote(self._run_id)
         known = {trial_dir: known_files(trial_dir) for trial_dir in trial_dirs}
         self._asked[node_id] = self._readers[node_id].read.remote(known, limit)
         self._asked_at[node_id] = time.monotonic()
@@ -116,8 +119,15 @@ class FarFiles:
         return None
 
 
-class _Reader:
+class FileReader:
     """Reads trials' folders on its node."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+
+    def __repr__(self) -> str:
+        """As the Ray dashboard shows the actor."""
+        return f"{self._run_id} files on {socket.gethostname()}"
 
     def read(self, known: Mapping[Path, Mapping[str, Known]], limit: int | None) -> dict[Path, list[Piece]] | None:
         """What is new in them, without `limit` once their engines have ended; None where the path is shared."""

@@ -169,7 +169,7 @@ class _Run:
         self.board = TensorBoardWriter(self.folder, self.study)
         self.gauges = Gauges(self.study, self.folder.path.name)
         self.monitor = start_monitor(self.folder.path.name, limits.timeout_s, limits.hung_after_s)
-        self.files = FarFiles()
+        self.files = FarFiles(self.folder.path.name)
         self.reporter = TrialReporter(
             self.study,
             self.folder,
