@@ -21,6 +21,7 @@ from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.reporter import TrialReporter
 from raytune_autotuner.tune.standing import Standing
+from raytune_autotuner.tune.versions import code_state
 from tests.studies import command, marks, only_run, run_study, write_study
 from tests.test_study_run import wait_for
 
@@ -91,6 +92,25 @@ def test_a_trial_lost_with_its_node_is_not_its_settings_fault_and_run_again_unti
         assert (row.state, row.result.failure.kind, row.result.node) == (State.LOST, Kind.NODE_LOST, "node2")
         again.append(reporter.to_retry(row))
     assert again == [True, True, False]
+
+
+def test_a_trial_that_cannot_begin_on_code_that_has_changed_ends_the_study_for_now_and_says_so(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path))
+    folder = ResultsFolder.create(tmp_path / "results", study)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "module.py").write_text("first = 1")
+    reporter = TrialReporter(
+        study, folder, VLLM_RULES, standing_of=lambda _: Standing(), code=lambda: code_state(package)
+    )
+    reporter.suggested("before", {}, {})
+    assert reporter.ended("before", None).state is State.LOST
+    (package / "module.py").write_text("first = 1\nsecond = 2")
+    reporter.suggested("after", {}, {})
+    assert reporter.ended("after", None).state is State.INTERRUPTED
+    assert not reporter.wanted
+    assert reporter.ending is not None
+    assert "has changed on this machine since the study began" in reporter.ending
 
 
 @pytest.mark.slow

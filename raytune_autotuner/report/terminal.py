@@ -302,7 +302,7 @@ def _how_it_ended(ending: Ending) -> list[tuple[str, str]]:
     lines = []
     if ending.interrupted:
         lines.append(("Interrupted: the engines are stopped; what was measured is kept.", "yellow"))
-    elif ending.reason:
+    if ending.reason:
         lines.append((f"Ended early: {ending.reason}", "yellow"))
     lines.append((ending.verdict.sentence, "bold green" if _is_good(ending.verdict) else "bold yellow"))
     if isinstance(ending.verdict, Recheck):

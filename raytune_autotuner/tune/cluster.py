@@ -83,6 +83,8 @@ class Cluster:
     """Ray's id of the driver's own node."""
     had_gpus: bool = False
     """Whether there were GPUs at an earlier look; their nodes may be gone, but no trial does without."""
+    joined: bool = True
+    """Whether it was there before the study. Workers of one that was not load this package from the driver's files."""
     metrics_url: str | None = None
     """Where the driver's node shows Ray's metrics and the study's own, for Prometheus."""
 
@@ -230,7 +232,8 @@ def running_cluster(address: str | None = None, num_cpus: int | None = None) -> 
     try:
         url = getattr(context, "dashboard_url", None)
         here = ray.get_runtime_context().get_node_id()
-        yield Cluster(_living_nodes(), f"http://{url}" if url else None, here, metrics_url=_metrics_url(here))
+        dashboard = f"http://{url}" if url else None
+        yield Cluster(_living_nodes(), dashboard, here, joined=address is not None, metrics_url=_metrics_url(here))
     finally:
         ray.shutdown()
 

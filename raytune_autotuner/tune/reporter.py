@@ -34,6 +34,10 @@ RESULT = "trial_result"
 """Key of the whole `TrialResult` in a trial's last report to Ray Tune: as JSON, for Ray Tune takes mappings apart."""
 ROUND = "round_metrics"
 """Key of the metrics so far in its other reports: as JSON, for Ray Tune keeps 2 KB of statistics of every number."""
+_OTHER_CODE = (
+    "raytune_autotuner itself has changed on this machine since the study began, and its trials cannot be started any "
+    "more. Go on with --resume, on the code as it is now."
+)
 MAX_NODES_LOST = 3
 """A setting that was lost with so many nodes is not run again: it may be what ends them."""
 
@@ -51,7 +55,9 @@ class TrialReporter:
         node_answers: Callable[[str], bool] = lambda node_id: True,
         bring_files: Callable[[Path, str], None] = lambda trial_dir, node_id: None,
         on_change: Callable[[TrialRow], None] = lambda row: None,
+        code: Callable[[], str] = lambda: "",
     ) -> None:
+        """`code` tells the code that trials' processes load from what it is after a change."""
         self._study = study
         self._folder = folder
         self._rules = rules
@@ -59,6 +65,8 @@ class TrialReporter:
         self._node_answers = node_answers
         self._bring_files = bring_files
         self._on_change = on_change
+        self._code = code
+        self._code_at_first = code()
         self._book = Book(study.objective.direction)
         self._stopped: dict[str, float] = {}
         self._any_began = False
@@ -232,6 +240,7 @@ class TrialReporter:
         by_themselves = [one for one in self._book.lost(row.trial_id) if not _is_node_lost(one)]
         repeated = len(by_themselves) >= self._study.trial.retries
         if not standing.started_at:
+            self._look_for_other_code()
             return _never_began(Blame.STUDY if repeated and not self._any_began else Blame.ENVIRONMENT)
         trial_dir = self._folder.trial_dir(row.number, row.trial_id)
         # What an engine prints while it is being ended is not why it ended.
@@ -248,6 +257,12 @@ class TrialReporter:
             "Look into trial.log; if other trials die too, the machine is short of memory or the node was lost.",
             standing.share,
         )
+
+    def _look_for_other_code(self) -> None:
+        """No further trial can begin where the package is not any more what the driver has loaded: the study stops."""
+        if self._code() != self._code_at_first:
+            self.interrupted = True
+            self.end_search(_OTHER_CODE)
 
     def _timed_out(self, standing: Standing) -> Failure:
         limits = self._study.trial

@@ -62,7 +62,7 @@ from raytune_autotuner.tune.stopping import enough
 from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.trainable import EngineTrial, Job
 from raytune_autotuner.tune.verify import Verifies
-from raytune_autotuner.tune.versions import versions
+from raytune_autotuner.tune.versions import code_state, versions
 from raytune_autotuner.tune.warm_start import Learned, learn_from_earlier
 
 logger = logging.getLogger(__name__)
@@ -178,6 +178,7 @@ class _Run:
             node_answers=node_answers,
             bring_files=self.files.bring,
             on_change=self._changed,
+            code=(lambda: "") if self.cluster.joined else code_state,
         )
         self.show, self.refresh = Sparing(self._show), Sparing(self._refresh)
         self.keep_tables = Sparing(self._write_tables)
