@@ -101,3 +101,51 @@ def marks_of(study: Path) -> dict[int, str]:
     """The processes of the study's trials, on all nodes."""
     runs = ResultsFolder.runs(study.parent / "results")
     return {pid: mark for run in runs for pid, mark in marks(run.path.name).items()}
+
+
+def test_a_trial_over_two_nodes_is_measured_and_the_end_of_one_is_the_end_of_both(
+    tmp_path: Path, network: Network
+) -> None:
+    crash = "crash@load:after=8:rank=1"
+    (tmp_path / "results").mkdir()
+    head = network.start_head()
+    nodes = [network.start_node(hide=[tmp_path / "results"], wait=False) for _ in range(2)]
+    for node in nodes:
+        node.await_start()
+    study = write_study(
+        tmp_path,
+        engine={"args": {"pipeline-parallel-size": 2, "fault": "none"}},
+        search_space={"fault": {"choice": ["none", crash]}},
+        search={"trials": 2, "points": [{"fault": crash}]},
+        workload={**SLOW, "concurrency": 1, "requests": 10},
+        resources={"cpus": 1, "nodes": 2},
+    )
+    done = subprocess.run(
+        head.inside(command(study, "--address", "auto")),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = only_run(study)
+    ended = [row for row in folder.read_rows() if str(row.state) != "lost"]  # by the load's client, on a busy machine
+    measured, crashed = sorted(ended, key=lambda row: str(row.params.get("fault", "")))
+    assert (str(measured.state), measured.result.hardware[:9]) == ("measured", "2 nodes: ")
+    assert crashed.result.failure is not None
+    assert crashed.result.failure.evidence.startswith("rank 1 on node")
+    assert "the engine broke down (a simulated fault)" in crashed.result.failure.evidence
+    for row in (measured, crashed):
+        there = folder.trial_dir(row.number, row.trial_id)
+        assert {"trial.log", "engine.log", "engine-1.log", "process-1.json"} <= {path.name for path in there.iterdir()}
+        assert "no process left" in (there / "trial-1.log").read_text()
+    assert marks_of(study) == {}
+    assert not any("raytune_autotuner.engine" in command_of(pid) for node in nodes for pid in node.processes)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -96,6 +96,47 @@ def test_a_trial_asks_for_one_node_of_its_kind() -> None:
     assert hash(request) == hash(EngineTrial.default_resource_request(config))
 
 
+SPANNING = {"engine": {"args": {"tensor-parallel-size": 4, "pipeline-parallel-size": 2}}}
+
+
+def spanning(**resources: Any) -> Study:
+    return parse_study(merged(merged(BASE, SPANNING), {"resources": {"gpus": 8, "cpus": 1, "nodes": 2, **resources}}))
+
+
+def test_a_trial_over_several_nodes_asks_for_its_share_of_the_gpus_on_each() -> None:
+    asked = spanning()
+    config = cluster(FAST, SLOW).trial_config(asked, make_engine(asked), {})
+    request = EngineTrial.default_resource_request(config)
+    assert request.bundles == [{"CPU": 1.0, "GPU": 4.0}] * 2
+    assert request.strategy == "STRICT_SPREAD"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [((FAST, SLOW), 2), ((FAST, SLOW, FAST), 3), ((FAST,), 0), ((FAST, Node(16, 4, "small")), 1), ((FAST, HEAD), 0)],
+)
+def test_slots_of_trials_over_two_nodes_are_pairs_of_places_on_different_ones(
+    nodes: tuple[Node, ...], expected: int
+) -> None:
+    assert slots(cluster(*nodes), spanning()) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "named"),
+    [
+        ({}, "1 CPUs and 4 GPUs on each of 2 nodes, but the cluster has 1 node"),
+        ({"nodes": 4}, "1 CPUs and 2 GPUs on each of 4 nodes"),
+        ({"nodes": 16, "gpus": 16}, "tensor x pipeline parallel size, 8, cannot be divided evenly among 16 nodes"),
+    ],
+)
+def test_a_cluster_without_so_many_nodes_is_refused_before_anything_starts(
+    resources: dict[str, Any], named: str
+) -> None:
+    asked = spanning(**resources)
+    with pytest.raises(ConfigError, match=named):
+        cluster(FAST).require(asked, make_engine(asked))
+
+
 @pytest.mark.parametrize(
     ("resources", "key"),
     [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.engine import models
-from raytune_autotuner.engine.contract import Launch
+from raytune_autotuner.engine.contract import Launch, Rank
 from raytune_autotuner.engine.flags import arguments, environment, parallel_size
 from raytune_autotuner.engine.reading import ANY_RULES, LogRules
 from raytune_autotuner.study.errors import ConfigError
@@ -75,7 +75,7 @@ class CommandEngine:
     def close(self) -> None:
         """Nothing runs."""
 
-    def launch(self, params: Params, port: int) -> Launch:
+    def launch(self, params: Params, port: int, rank: Rank | None = None) -> Launch:
         """The command that serves `params` on 127.0.0.1:`port`."""
         setting = self._study.setting(params)
         values = self._values(setting, port)

@@ -21,6 +21,21 @@ class Launch:
     """The path that answers with status 200 once the server is up."""
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One node's part of an engine that spans several."""
+
+    number: int
+    """0 for the one that serves; the others follow it and have no port to send requests to."""
+    nodes: int
+    address: str
+    """Of rank 0's node, by which the others reach it."""
+    port: int
+    """On which rank 0 awaits the others there."""
+    host: str
+    """The address of this rank's own node."""
+
+
 class Engine(Protocol):
     """An inference engine of a study. Implementations hold the study's model and fixed arguments."""
 
@@ -49,8 +64,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """End what `preflight` and `refuse` keep running; harmless where nothing runs, and both may be called again."""
 
-    def launch(self, params: Params, port: int) -> Launch:
-        """The command that serves the setting `params` on 127.0.0.1:`port`; not called where there is a `base_url`."""
+    def launch(self, params: Params, port: int, rank: Rank | None = None) -> Launch:
+        """The command that serves the setting `params` on 127.0.0.1:`port`; not called where there is a `base_url`.
+
+        `rank` is its part of that, where the engine spans several nodes; None where it does not.
+        """
 
     def launch_lines(self, params: Params) -> tuple[str, str]:
         """(a shell line that works on this machine, the plain form for elsewhere), for people to paste; or empty."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from raytune_autotuner.engine.contract import Rank
 from raytune_autotuner.study.space import format_value
 
 _VARIABLE = "env:"
@@ -35,6 +36,24 @@ def flag(name: str, value: Any) -> list[str]:
 def parallel_size(setting: Mapping[str, Any]) -> int:
     """GPUs of a setting by the flags that vLLM and SGLang share: tensor x pipeline x data parallel size."""
     return math.prod(int(setting.get(name) or 1) for name in PARALLEL)
+
+
+def rank_arguments(rank: Rank | None) -> list[str]:
+    """The flags by which the ranks of vLLM on several nodes find each other; none for an engine on one."""
+    if rank is None:
+        return []
+    others = ["--headless"] if rank.number else []
+    place = ["--nnodes", str(rank.nodes), "--node-rank", str(rank.number)]
+    return [*place, "--master-addr", rank.address, "--master-port", str(rank.port), *others]
+
+
+def first_rank(nodes: int) -> list[str]:
+    """Those of the rank that serves, for people: each further node's command ends in a rank of its own and --headless.
+
+    >>> first_rank(1), first_rank(2)[:4]
+    ([], ['--nnodes', '2', '--node-rank', '0'])
+    """
+    return rank_arguments(Rank(0, nodes, "ADDRESS_OF_THE_FIRST_NODE", 29501, "")) if nodes > 1 else []
 
 
 def is_flag(name: str) -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psutil
@@ -32,6 +33,18 @@ def hardware(gpus: Sequence[str]) -> str:
         return describe_gpus(gpus)
     memory_gib = psutil.virtual_memory().total / 2**30
     return f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
+
+
+def together(machines: Iterable[str]) -> str:
+    """What the figures of an engine rest on that spans several machines, each as `hardware` tells it.
+
+    >>> together(["8 x H100", "8 x H100"]), together(["8 x H100"])
+    ('2 nodes: 8 x H100', '8 x H100')
+    """
+    counts = Counter(machine for machine in machines if machine)
+    return " + ".join(
+        f"{count} nodes: {machine}" if count > 1 else machine for machine, count in sorted(counts.items())
+    )
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NoReturn
 
+from raytune_autotuner.engine.contract import Rank
 from raytune_autotuner.engine.reading import ANY_RULES, LogRules
 from raytune_autotuner.study.errors import ConfigError, TrialFailed, shown
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
@@ -60,7 +61,7 @@ class RunningEngine:
     def close(self) -> None:
         """Nothing of ours runs."""
 
-    def launch(self, params: Params, port: int) -> NoReturn:
+    def launch(self, params: Params, port: int, rank: Rank | None = None) -> NoReturn:
         """There is nothing to launch."""
         raise ConfigError(f"engine.kind: running: {self.base_url} is not ours to start.")
 

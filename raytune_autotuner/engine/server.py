@@ -34,9 +34,11 @@ LOG_NAME = "engine.log"
 RECORD_NAME = "process.json"
 TRIAL_LOG_NAME = "trial.log"
 _POLL_S = 0.1
+_WATCH_S = 60.0
 _PROBE_TIMEOUT_S = 2.0
 _MARGIN_S = 5.0
-_SUDDEN_ENDS = (Kind.ENGINE_DIED, Kind.WORKER_LOST, Kind.UNKNOWN)
+SUDDEN_ENDS = (Kind.ENGINE_DIED, Kind.WORKER_LOST, Kind.UNKNOWN)
+"""Failures that say how an engine ended, but not why."""
 # The first process forks and ends, so the supervisor is nobody's child; -I -S keep its start at some 50 ms.
 _BOOT = (
     "import os, sys\n"
@@ -116,11 +118,17 @@ class EngineServer:
         locks: Sequence[str] = (),
         cores: Sequence[int] = (),
         on_progress: ProgressListener | None = None,
+        rank: int = 0,
     ) -> None:
-        """`deadline` is on `time.monotonic()`; `timeout_s` is the limit it stands for, named in the failure."""
+        """`deadline` is on `time.monotonic()`; `timeout_s` is the limit it stands for, named in the failure.
+
+        A `rank` above 0, of an engine that spans several nodes, serves nothing, and its files have names of their own.
+        """
         workdir = workdir.absolute()  # The supervisor works elsewhere.
         self.base_url = f"http://127.0.0.1:{port}"
-        self.log_path = workdir / LOG_NAME
+        self.log_path = workdir / ranked(LOG_NAME, rank)
+        self._record_path = workdir / ranked(RECORD_NAME, rank)
+        self._trial_log_path = workdir / ranked(TRIAL_LOG_NAME, rank)
         self.stage = Stage.ARGUMENTS
         self.share = 0.0
         self._launch = launch
@@ -186,8 +194,8 @@ class EngineServer:
             env=engine_environment(self._launch, self._mark),
             cwd=str(self._workdir),
             log_path=str(self.log_path),
-            record_path=str(self._workdir / RECORD_NAME),
-            trial_log_path=str(self._workdir / TRIAL_LOG_NAME),
+            record_path=str(self._record_path),
+            trial_log_path=str(self._trial_log_path),
             port=self._port,
             log_limit_bytes=self._log_limit_bytes,
             deadline_s=self._deadline,
@@ -222,7 +230,7 @@ class EngineServer:
         ended = sweep(self._mark)
         left = tuple(process.pid for process in marked(self._mark))
         aftermath = Aftermath(None, None, len(ended), left, self._port, is_free(self._port), 0, {}, ())
-        log = StampedLog(self._workdir / TRIAL_LOG_NAME, sys.maxsize)
+        log = StampedLog(self._trial_log_path, sys.maxsize)
         log.write([(str(self.stage), str(aftermath))])
         log.close()
 
@@ -256,6 +264,11 @@ class EngineServer:
         return waiting if self.pid is None else None
 
     @property
+    def served(self) -> bool:
+        """Whether it has come up."""
+        return self._served
+
+    @property
     def lost(self) -> bool:
         """Whether the supervisor ended without a word; what it watched over was then swept."""
         return self._lost
@@ -277,6 +290,13 @@ class EngineServer:
             self._pause(_POLL_S)
         self.check()
         self._served = True
+
+    def wait_end(self) -> None:
+        """Wait until it was stopped; raises `TrialFailed` where it ends in another way."""
+        while not self._ended:
+            self.check()
+            self._pause(_WATCH_S)
+        self.check()
 
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_PROBE_TIMEOUT_S)
@@ -344,15 +364,12 @@ class EngineServer:
             remedy="See the end of engine.log.",
         )
         failure = self._killed_for_memory(failure)
-        if not self._served:
-            return failure
-        kind = Kind.ENGINE_DIED if failure.kind is Kind.UNKNOWN else failure.kind
-        return replace(failure, stage=Stage.LOAD, share=0.0, kind=kind)
+        return under_load(failure) if self._served else failure
 
     def _killed_for_memory(self, failure: Failure) -> Failure:
         """The failure, or what is behind it where the kernel has ended one of the engine's processes meanwhile."""
         now = oom_kills()
-        if now is None or self._oom_kills is None or now <= self._oom_kills or failure.kind not in _SUDDEN_ENDS:
+        if now is None or self._oom_kills is None or now <= self._oom_kills or failure.kind not in SUDDEN_ENDS:
             return failure
         evidence = f"the kernel ended a process for want of memory: {failure.evidence}"
         remedy = "Lower what the setting holds in memory, or give the trial a machine with more."
@@ -416,10 +433,33 @@ class EngineServer:
             self._socket.close()
 
 
-def read_end(workdir: Path) -> Cause | None:
+def under_load(failure: Failure) -> Failure:
+    """The failure of an engine that had come up."""
+    kind = Kind.ENGINE_DIED if failure.kind is Kind.UNKNOWN else failure.kind
+    return replace(failure, stage=Stage.LOAD, share=0.0, kind=kind)
+
+
+def ranked(name: str, rank: int) -> str:
+    """A file's name as it is for that rank of an engine.
+
+    >>> ranked("engine.log", 0), ranked("engine.log", 1)
+    ('engine.log', 'engine-1.log')
+    """
+    stem, dot, ending = name.partition(".")
+    return f"{stem}-{rank}{dot}{ending}" if rank else name
+
+
+def all_ended(workdir: Path) -> bool:
+    """Whether every rank that was started in `workdir` has ended, and one was."""
+    stem, _, ending = RECORD_NAME.partition(".")
+    records = [path.name for path in workdir.glob(f"{stem}*.{ending}")]
+    return bool(records) and all(read_end(workdir, name) is not None for name in records)
+
+
+def read_end(workdir: Path, record: str = RECORD_NAME) -> Cause | None:
     """Why the engine in `workdir` ended, as its supervisor wrote it down; None where it did not (yet)."""
     try:
-        cause = json.loads((workdir / RECORD_NAME).read_text(encoding="utf-8")).get("cause")
+        cause = json.loads((workdir / record).read_text(encoding="utf-8")).get("cause")
     except (OSError, ValueError):
         return None
     return None if cause is None else Cause(cause)

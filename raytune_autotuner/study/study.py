@@ -57,7 +57,10 @@ _NEEDED = (
     ("running", "base_url", "http://127.0.0.1:8000"),
 )
 # Arguments that the autotuner itself gives to the engine.
-_RESERVED_ARGS = {"host", "port", "model", "served-model-name", "config", "api-key", "uds"}
+_RESERVED_ARGS = {
+    *("host", "port", "model", "served-model-name", "config", "api-key", "uds"),
+    *("nnodes", "node-rank", "master-addr", "master-port", "headless"),
+}
 
 
 def _parse_duration(value: Any) -> Any:
@@ -418,7 +421,10 @@ class ResourceSpec(_Model):
     """GPUs that a trial holds. `auto`: tensor x pipeline x data parallel size of its setting where the cluster has
     GPUs, else none."""
     cpus: PositiveNumber = 1.0
-    """CPUs that a trial holds in Ray's books."""
+    """CPUs that a trial holds in Ray's books, on each of its nodes."""
+    nodes: Positive = 1
+    """Nodes over which a trial's engine spans, for a model that is too large for one; its GPUs are divided evenly
+    among them. Kinds `vllm` and `simulated`; see [cluster.md](cluster.md#one-trial-over-several-nodes)."""
     max_concurrent: Positive | None = None
     """Trials at once. Default: as many as fit. On a CPU use 1: trials that share cores measure each other."""
     accelerator_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,62}$")] | None = None
@@ -430,6 +436,12 @@ class ResourceSpec(_Model):
     """Only nodes with all of these labels, as given by `ray start --labels`: `{pool: tuning}`."""
     price_per_hour: PositiveNumber | None = None
     """Of one GPU, or of the machine where a trial holds none; gives `cost_per_million_tokens`."""
+
+    @model_validator(mode="after")
+    def _even(self) -> ResourceSpec:
+        if self.nodes > 1 and self.gpus != "auto" and self.gpus % self.nodes:
+            raise ConfigError(f"resources.gpus: {self.gpus:g} cannot be divided evenly among {self.nodes} nodes.")
+        return self
 
 
 class RaySpec(_Model):
@@ -497,6 +509,21 @@ class Study(_Model):
     def _dummy_weights_do_not_mislead(self) -> Study:
         if self.engine.search_weights == "dummy" and (why := self._why_real_weights()):
             raise ConfigError(f"engine.search_weights: dummy: {why}; write search_weights: real.")
+        return self
+
+    @model_validator(mode="after")
+    def _can_span_nodes(self) -> Study:
+        if self.resources.nodes == 1:
+            return self
+        if self.engine.kind not in _ENGINES_OF_OURS:
+            raise ConfigError(f"resources.nodes: is for engine.kind vllm or simulated, but it is {self.engine.kind}.")
+        for where, name, value in self._given():
+            if name == "data-parallel-size" and value not in (None, 1):
+                raise ConfigError(
+                    f"{where}: copies of a model are not spread over nodes: resources.nodes is {self.resources.nodes}, "
+                    f"and it is {shown(value)}.\nLeave it out, and divide the model by tensor-parallel-size and "
+                    "pipeline-parallel-size; a copy more is an engine more."
+                )
         return self
 
     def _why_real_weights(self) -> str | None:

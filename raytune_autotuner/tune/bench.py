@@ -50,6 +50,11 @@ def run_bench(
     """
     check_measurement(study, results)
     _check_secrets(study)
+    if study.resources.nodes > 1:
+        raise ConfigError(
+            f"resources.nodes: bench measures on this machine alone, but a trial spans {study.resources.nodes} nodes.\n"
+            "Run the study with --trials 1, which measures its baseline."
+        )
     if params and study.engine.kind == "running":
         raise ConfigError("--param: a server that runs already (engine.kind: running) takes no parameters.")
     engine = make_engine(_with_only(study, params))

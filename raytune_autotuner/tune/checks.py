@@ -163,6 +163,8 @@ def _no_price(study: Study) -> str:
 
 
 def _no_gpu(study: Study) -> str:
+    if study.resources.nodes > 1:
+        return f"is measured on one node, but resources.nodes is {study.resources.nodes}."
     return "is that of the GPUs that a trial holds, but resources.gpus is 0." if study.resources.gpus == 0 else ""
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,11 +128,12 @@ class Cluster:
         return self.had_gpus or any(node.gpus for node in self.nodes)
 
     def trial_resources(self, study: Study, engine: Engine, params: Params) -> dict[str, float]:
-        """CPUs and GPUs that a trial of this setting holds."""
+        """CPUs and GPUs that a trial of this setting holds on each of its nodes."""
         gpus = study.resources.gpus
         if gpus == "auto":
             gpus = float(engine.parallel_size(params)) if self.has_gpus and engine.uses_gpus else 0.0
-        return {"cpus": study.resources.cpus, "gpus": gpus}
+        nodes = study.resources.nodes
+        return {"cpus": study.resources.cpus, "gpus": gpus if nodes == 1 else float(math.ceil(gpus / nodes))}
 
     def trial_config(self, study: Study, engine: Engine, params: Params) -> dict[str, Any]:
         """`trial_resources`, the cores that the engine gets for itself as others may run beside it, and which nodes."""
@@ -140,7 +141,8 @@ class Cluster:
         wanted = study.resources
         beside = wanted.max_concurrent != 1 and any(node.holds(**need) > 1 for node in self.nodes)
         cores = math.ceil(need["cpus"]) if beside and not need["gpus"] else 0
-        return {**need, "cores": cores, "accelerator": wanted.accelerator_type, "labels": dict(wanted.node_labels)}
+        kind = {"accelerator": wanted.accelerator_type, "labels": dict(wanted.node_labels)}
+        return {**need, "cores": cores, "nodes": wanted.nodes, **kind}
 
     def slots(self, study: Study, engine: Engine) -> int:
         """Trials at once: as many of the smallest size as fit, at most `resources.max_concurrent`.
@@ -151,12 +153,19 @@ class Cluster:
         return min(fits, study.resources.max_concurrent or fits)
 
     def require(self, study: Study, engine: Engine) -> None:
-        """Raise `ConfigError` where no node can hold the smallest or the largest trial."""
+        """Raise `ConfigError` where the cluster cannot hold the smallest or the largest trial."""
+        nodes = study.resources.nodes
+        if (ranks := engine.parallel_size({})) % nodes:
+            raise ConfigError(
+                f"resources.nodes: the baseline's tensor x pipeline parallel size, {ranks}, cannot be divided evenly "
+                f"among {nodes} nodes.\nRaise it under engine.args, such as pipeline-parallel-size: {nodes}."
+            )
         for params in _extremes(study, engine):
             if self._fitting(study, engine, params) == 0:
                 need = self.trial_resources(study, engine, params)
                 raise ConfigError(
-                    f"resources: a trial needs {need['cpus']:g} CPUs and {need['gpus']:g} GPUs on one node"
+                    f"resources: a trial needs {need['cpus']:g} CPUs and {need['gpus']:g} GPUs on "
+                    f"{'one node' if nodes == 1 else f'each of {nodes} nodes'}"
                     f"{f' with {dict(params)}' if params else ''}, but {self._offer(study.resources)}.\n"
                     "Lower resources.cpus or resources.gpus, or the parallel sizes in search_space."
                 )
@@ -174,7 +183,19 @@ class Cluster:
 
     def _fitting(self, study: Study, engine: Engine, params: Params) -> int:
         need = self.trial_resources(study, engine, params)
-        return sum(node.holds(**need) for node in self.nodes if node.suits(study.resources))
+        holds = [node.holds(**need) for node in self.nodes if node.suits(study.resources)]
+        return groups(holds, study.resources.nodes)
+
+
+def groups(places: Sequence[int], size: int) -> int:
+    """How many trials fit at once that each take a place on `size` different nodes, where a node has so many `places`.
+
+    >>> groups([3, 1], 1), groups([3, 1], 2), groups([2, 2, 2], 2), groups([8], 2)
+    (4, 1, 3, 0)
+    """
+    most = sum(places) // size
+    # No trial takes two places of a node; and where the places are enough for so many trials, they can be dealt out.
+    return next(count for count in range(most, -1, -1) if sum(min(p, count) for p in places) >= count * size)
 
 
 def address_of(study: Study, results: Path | Store) -> str | None:
@@ -283,6 +304,13 @@ def node_answers(node_id: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def address_here() -> str:
+    """The IP address by which Ray's other nodes reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _living_nodes() -> tuple[Node, ...]:

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_autotuner.engine.catalog import make_engine
-from raytune_autotuner.engine.contract import Engine, Launch
+from raytune_autotuner.engine.contract import Engine, Launch, Rank
 from raytune_autotuner.engine.reading import LogRules
 from raytune_autotuner.study.errors import AutotunerError, ConfigError
 from raytune_autotuner.study.failure import Failure
@@ -89,9 +89,9 @@ class EngineThere:
             ray.kill(self._host)
             self._host = None
 
-    def launch(self, params: Params, port: int) -> Launch:
+    def launch(self, params: Params, port: int, rank: Rank | None = None) -> Launch:
         """As its node would."""
-        launch: Launch = self._ask("launch", params, port)
+        launch: Launch = self._ask("launch", params, port, rank)
         return launch
 
     def launch_lines(self, params: Params) -> tuple[str, str]:

@@ -21,12 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from raytune_autotuner.engine.contract import Engine, Launch
+from raytune_autotuner.engine.contract import Engine, Launch, Rank
 from raytune_autotuner.engine.gpus import EnergyMeter
-from raytune_autotuner.engine.machine import hardware
+from raytune_autotuner.engine.machine import hardware, together
 from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
 from raytune_autotuner.engine.running import RunningServer
 from raytune_autotuner.engine.server import EngineServer
+from raytune_autotuner.engine.spanning import Follower, SpanningServer
 from raytune_autotuner.load import client, quality, vllm_bench
 from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = dict[str, float]
 Progress: TypeAlias = Callable[[Stage, float], None]
-Server: TypeAlias = EngineServer | RunningServer
+Server: TypeAlias = EngineServer | SpanningServer | RunningServer
 
 PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
@@ -79,7 +80,11 @@ class Evaluation:
     on_measured: Callable[[], None] = lambda: None
     """Called once all loads are measured, before the engine is stopped."""
     gpus: Sequence[str] = ()
-    """The GPUs that the trial holds; its engine sees no others."""
+    """The GPUs that the trial holds here; its engine sees no others."""
+    followers: Sequence[Follower] = ()
+    """The ranks of its engine on other nodes."""
+    address: str = "127.0.0.1"
+    """By which those reach this one."""
     cores: int = 0
     """So many CPU cores the engine gets for itself; 0: it shares all of them."""
     restart: int | None = None
@@ -131,7 +136,8 @@ class Evaluation:
             failure = self._unexpected(error)
         metrics = self._metrics() if failure is None else self._quality
         self.seconds["total"] = time.monotonic() - begun
-        place = (socket.gethostname(), hardware(self.gpus))
+        machines = [hardware(self.gpus), *(follower.hardware for follower in self.followers)]
+        place = (socket.gethostname(), together(machines))
         result = TrialResult(metrics, failure, self.seconds, self._answers, *place)
         self._keep(result, str(failure or f"measured in {self.seconds['total']:.1f} s"))
         return result
@@ -171,10 +177,24 @@ class Evaluation:
             self._log.write(self.stage, f"asking {self.engine.base_url}, which runs already")
             yield RunningServer(self.engine.base_url, deadline=self.deadline, timeout_s=self.study.trial.timeout_s)
             return
-        with free_port() as port, free_cores(self.cores) as cores:
-            launch = self.engine.launch(self.params, port)
+        with free_port() as port, free_cores(self.cores) as cores, self._rank() as rank:
+            launch = self.engine.launch(self.params, port, rank)
             self._describe(launch, cores)
-            yield self._server(launch, port, cores)
+            server = self._server(launch, port, cores)
+            yield server if rank is None else SpanningServer(server, rank, self.followers)
+
+    @contextmanager
+    def _rank(self) -> Generator[Rank | None, None, None]:
+        """The part of the engine that is started here, where there are others."""
+        if not self.followers:
+            yield None
+            return
+        with free_port(self.address) as meeting:
+            yield Rank(0, self._nodes, self.address, meeting, host=self.address)
+
+    @property
+    def _nodes(self) -> int:
+        return 1 + len(self.followers)
 
     def _server(self, launch: Launch, port: int, cores: tuple[int, ...]) -> EngineServer:
         return EngineServer(
@@ -278,7 +298,7 @@ class Evaluation:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
         with self._timed("load"):
             self._reset_prefix_cache(server)
-            energy = EnergyMeter(self.gpus)
+            energy = EnergyMeter(() if self.followers else self.gpus)  # those elsewhere are not seen
             with EngineWatch(server.base_url) as watch:
                 self._durations[level.label] += self._send(server, level, number, "measure", done, of)
             self._joules[level.label].append(energy.joules)
@@ -391,7 +411,7 @@ class Evaluation:
         """What all loads so far come to, the samples of all rounds pooled."""
         asked = [level.label for level in levels(self.study.workload)]
         of_levels = {label: self._level_metrics(label) for label in asked if label in self._durations}
-        metrics = trial_metrics(self.study, of_levels, float(len(self.gpus)))
+        metrics = trial_metrics(self.study, of_levels, float(max(len(self.gpus), 1) * self._nodes))
         if self._refined is not None:
             metrics[slo.MAX_LOAD] = self._refined
         return metrics | self._quality

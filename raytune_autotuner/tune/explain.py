@@ -153,7 +153,7 @@ def _price(study: Study, engine: Engine, cluster: Cluster, slots: int, at_most_s
     if study.resources.price_per_hour is None:
         return None
     held = cluster.trial_resources(study, engine, {})["gpus"] * slots
-    return study.resources.price_per_hour * max(held, 1.0) * at_most_s / 3600
+    return study.resources.price_per_hour * max(held, 1.0) * study.resources.nodes * at_most_s / 3600
 
 
 def render(explained: Explanation) -> str:

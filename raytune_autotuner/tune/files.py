@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_autotuner.engine.server import read_end
+from raytune_autotuner.engine.server import all_ended
 from raytune_autotuner.report.results import SUGGESTION
 from raytune_autotuner.report.store import is_inside
 from raytune_autotuner.report.writing import atomically
@@ -241,5 +241,5 @@ def _settle(trial_dirs: Iterable[Path]) -> None:
     """Wait until nothing writes there any more."""
     until = time.monotonic() + SETTLED_S
     for trial_dir in trial_dirs:
-        while trial_dir.is_dir() and read_end(trial_dir) is None and time.monotonic() < until:
+        while trial_dir.is_dir() and not all_ended(trial_dir) and time.monotonic() < until:
             time.sleep(POLL_S)

@@ -60,9 +60,10 @@ class TrialMonitor:
 
     async def _end_overdue(self, trial_id: str, kind: Kind) -> None:
         """End a trial; one that was not heard of because its node is cut off is not to blame for it."""
-        answers = await asyncio.to_thread(node_answers, self._standing[trial_id].node_id)
+        node_ids = self._standing[trial_id].node_ids
+        answers = await asyncio.gather(*(asyncio.to_thread(node_answers, node_id) for node_id in node_ids))
         if trial_id in self._actors:  # else it has got there meanwhile
-            self._end(trial_id, kind if answers else Kind.NODE_LOST)
+            self._end(trial_id, kind if all(answers) else Kind.NODE_LOST)
 
     async def register(self, trial_id: str, actor: Any, standing: Standing) -> bool:
         """A trial's clock starts, where it stands; False where the study is ending and it must not begin."""

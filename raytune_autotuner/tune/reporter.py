@@ -198,10 +198,13 @@ class TrialReporter:
             return row
         standing = self._standing_of(trial_id)
         self._any_began = self._any_began or standing.started_at > 0
-        if report is None and standing.node_id and not self._node_answers(standing.node_id):
+        asked = standing.node_ids if report is None else standing.others
+        gone = [node_id for node_id in asked if not self._node_answers(node_id)]
+        if report is None and gone:
             standing = replace(standing, ended_by=Kind.NODE_LOST)
         else:
-            self._bring_files(self._folder.trial_dir(row.number, trial_id), standing.node_id)
+            for node_id in (one for one in standing.node_ids if one not in gone):
+                self._bring_files(self._folder.trial_dir(row.number, trial_id), node_id)
         result = self._result(row, report, standing)
         row = self._judged(row, result, standing)
         self._put(row)

@@ -420,9 +420,8 @@ class _Run:
         """The folders of running trials, by the node on which they are written."""
         found: dict[str, list[Path]] = {}
         for row in self.reporter.live:
-            if row.trial_id in self.standings:
-                trial_dir = self.folder.trial_dir(row.number, row.trial_id)
-                found.setdefault(self.standings[row.trial_id].node_id, []).append(trial_dir)
+            for node_id in self.standings.get(row.trial_id, Standing()).node_ids:
+                found.setdefault(node_id, []).append(self.folder.trial_dir(row.number, row.trial_id))
         return found
 
     def _write_tables(self) -> None:

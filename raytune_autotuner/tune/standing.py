@@ -24,11 +24,18 @@ class Standing:
     ended_at: float | None = None
     node_id: str = ""
     """Ray's id of the node that it runs on."""
+    others: tuple[str, ...] = ()
+    """The ids of the further nodes that its engine spans."""
     node: str = ""
     """That machine's host name."""
     hardware: str = ""
     metrics: Mapping[str, float] | None = None
     """What was measured in the rounds so far."""
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Ray's ids of all of its nodes, as far as they are known."""
+        return (self.node_id, *self.others) if self.node_id else ()
 
     @property
     def elapsed_s(self) -> float:

@@ -25,9 +25,10 @@ from raytune_autotuner.engine.processes import sweep_orphans
 from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
-from raytune_autotuner.tune.cluster import ACCELERATOR
+from raytune_autotuner.tune.cluster import ACCELERATOR, address_here
 from raytune_autotuner.tune.early_stop import LOADED, LOADS
 from raytune_autotuner.tune.evaluate import Evaluation, Metrics
+from raytune_autotuner.tune.follower import Part, RayFollower
 from raytune_autotuner.tune.reporter import RESULT, ROUND, SCORE
 from raytune_autotuner.tune.standing import Standing
 
@@ -55,11 +56,16 @@ class EngineTrial(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """One bundle, which is on one node, with the trial's CPUs and GPUs, on a node of the kind that is wanted."""
+        """A bundle a node, with the CPUs and GPUs that the trial holds there, on nodes of the kind that is wanted.
+
+        The actor, and rank 0 of the engine with it, is in the first one.
+        """
         bundle = {"CPU": config["cpus"], "GPU": config["gpus"]}
         if config["accelerator"]:
             bundle[f"{ACCELERATOR}{config['accelerator']}"] = A_TRACE
-        return PlacementGroupFactory([bundle], "STRICT_PACK", bundle_label_selector=[config["labels"]])
+        nodes = config["nodes"]
+        strategy = "STRICT_PACK" if nodes == 1 else "STRICT_SPREAD"
+        return PlacementGroupFactory([bundle] * nodes, strategy, bundle_label_selector=[config["labels"]] * nodes)
 
     def setup(self, config: dict[str, Any], job: Job) -> None:  # type: ignore[override]
         """Start the trial's clock at the monitor; nothing else."""
@@ -70,7 +76,13 @@ class EngineTrial(tune.Trainable):
         self._beaten_stage: Stage | None = None
         here = ray.get_runtime_context()
         self._gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-        place = Standing(node_id=here.get_node_id(), node=socket.gethostname(), hardware=hardware(self._gpus))
+        self._others = _other_nodes() if config["nodes"] > 1 else ()
+        place = Standing(
+            node_id=here.get_node_id(),
+            others=self._others,
+            node=socket.gethostname(),
+            hardware=hardware(self._gpus),
+        )
         joined = job.monitor.register.remote(self.trial_id, here.current_actor, place)
         self._welcome = self._ask_monitor(joined, default=True)
 
@@ -102,13 +114,16 @@ class EngineTrial(tune.Trainable):
     def _make_evaluation(self) -> Evaluation:
         sweep_orphans()
         study = self._job.study
+        study = study.searched if self.config["restart"] is None else study
+        workdir = self._job.trials_dir / f"{self.config['number']}-{self.trial_id}"
+        deadline = self._begun + study.trial.timeout_s + BACKSTOP_S
         # Without this a trial that holds no GPU would see all of them.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         return Evaluation(
-            study,
-            make_engine(study.searched if self.config["restart"] is None else study),
+            self._job.study,
+            make_engine(study),
             self.config["params"],
-            self._job.trials_dir / f"{self.config['number']}-{self.trial_id}",
+            workdir,
             self._job.run_id,
             self.trial_id,
             on_progress=self._beat,
@@ -117,8 +132,16 @@ class EngineTrial(tune.Trainable):
             cores=self.config["cores"],
             restart=self.config["restart"],
             reference=self.config["reference"],
-            deadline=self._begun + study.trial.timeout_s + BACKSTOP_S,
+            deadline=deadline,
+            followers=self._followers(study, workdir, deadline),
+            address=address_here(),
         )
+
+    def _followers(self, study: Study, workdir: Path, deadline: float) -> list[RayFollower]:
+        """The ranks on the trial's further nodes; `study` is as this trial starts its engine."""
+        config, job = self.config, self._job
+        part = Part(study, config["params"], workdir, job.run_id, self.trial_id, config["cores"], job.monitor)
+        return [RayFollower(part, bundle, node_id, deadline) for bundle, node_id in enumerate(self._others, 1)]
 
     def _beat(self, stage: Stage, share: float) -> None:
         if stage is not self._beaten_stage or time.monotonic() - self._beaten_at >= BEAT_S:
@@ -139,6 +162,12 @@ class EngineTrial(tune.Trainable):
         self._ask_monitor(self._job.monitor.release.remote(self.trial_id), default=None)
         score = _told(result.metrics, self._job.study.objective.metric)
         return {SCORE: score, RESULT: json.dumps(result.to_dict()), "done": True}
+
+
+def _other_nodes() -> tuple[str, ...]:
+    """Ray's ids of the nodes of the trial's further bundles, in their order."""
+    table = ray.util.placement_group_table(ray.util.get_current_placement_group())
+    return tuple(node_id for bundle, node_id in sorted(table["bundles_to_node_id"].items()) if bundle)
 
 
 def _told(metrics: Mapping[str, float], name: str) -> float:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from raytune_autotuner import __version__
-from raytune_autotuner.engine.contract import Launch
-from raytune_autotuner.engine.flags import arguments, environment, flag, is_flag
+from raytune_autotuner.engine.contract import Launch, Rank
+from raytune_autotuner.engine.flags import arguments, environment, first_rank, flag, is_flag, rank_arguments
 from raytune_autotuner.engine.reading import SIMULATED_RULES, LogRules
 from raytune_autotuner.engine.refusal import refusal
-from raytune_autotuner.engine.simulated.fate import fate
+from raytune_autotuner.engine.simulated.fate import fate, uneven
 from raytune_autotuner.engine.simulated.faults import parse_faults
 from raytune_autotuner.engine.simulated.log import traceback_of
 from raytune_autotuner.engine.simulated.setting import Hardware, Setting, known_flags, nearest_flag
@@ -63,7 +63,8 @@ class SimulatedEngine:
         """What its parser or its configuration would not take; faults that are put in on purpose are not foreseen."""
         setting = {name: value for name, value in self._study.setting(params).items() if value is not None}
         try:
-            fault = fate(Setting.from_params(setting), Hardware.from_params(setting))
+            asked = Setting.from_params(setting)
+            fault = uneven(asked, self._study.resources.nodes) or fate(asked, Hardware.from_params(setting))
         except ConfigError as error:
             return refusal([f"api_server.py: error: argument {error}"], 2, self.rules)
         if fault is None or fault.stage.order > Stage.CONFIGURATION.order:
@@ -85,13 +86,14 @@ class SimulatedEngine:
         """The name of the model; nothing is loaded."""
         return self._study.model
 
-    def launch(self, params: Params, port: int) -> Launch:
-        """The command that serves `params` on 127.0.0.1:`port`."""
-        return Launch(tuple(self._command(params, port)), environment(self._study.setting(params)))
+    def launch(self, params: Params, port: int, rank: Rank | None = None) -> Launch:
+        """The command that serves `params` on 127.0.0.1:`port`, or the part of `rank` in that."""
+        argv = (*self._command(params, port), *rank_arguments(rank))
+        return Launch(argv, environment(self._study.setting(params)))
 
     def launch_lines(self, params: Params) -> tuple[str, str]:
         """The same line twice: there is no engine elsewhere to launch."""
-        line = shlex.join(self._command(params, 8000))
+        line = shlex.join([*self._command(params, 8000), *first_rank(self._study.resources.nodes)])
         return line, line
 
     def parallel_size(self, params: Params) -> int:

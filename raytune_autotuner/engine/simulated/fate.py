@@ -40,6 +40,14 @@ def fate(setting: Setting, hardware: Hardware | None = None) -> Fault | None:
     return next((fault for rule in _RULES for fault in rule(setting, hardware)), None)
 
 
+def uneven(setting: Setting, nodes: int) -> Fault | None:
+    """The refusal of parallel sizes that cannot be divided evenly among so many nodes."""
+    world = setting.tensor_parallel_size * setting.pipeline_parallel_size
+    if world % nodes == 0:
+        return None
+    return _refuse(f"`--nnodes {nodes}` must evenly divide the total world size ({world}).")
+
+
 def leaks(setting: Setting) -> bool:
     """Whether an engine with `setting` leaves processes behind."""
     return setting.api_server_count > 1

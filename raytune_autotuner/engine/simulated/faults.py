@@ -111,6 +111,8 @@ class Fault:
     """Seconds after which leaked processes end by themselves, so that a broken test leaves nothing behind."""
     once: str = ""
     """A file: the fault happens only where it does not exist yet, and makes it."""
+    rank: int = 0
+    """Where the engine spans several nodes: on which of them."""
 
     @property
     def kind(self) -> Kind | None:

@@ -21,6 +21,7 @@ from aiohttp import web
 from raytune_autotuner.engine.simulated import fidelity, log, wire
 from raytune_autotuner.engine.simulated.acting import Actor
 from raytune_autotuner.engine.simulated.faults import Effect, Fault
+from raytune_autotuner.engine.simulated.ranks import Followers
 from raytune_autotuner.engine.simulated.scheduler import Request, Scheduler
 from raytune_autotuner.engine.simulated.startup import Options, address_refused
 from raytune_autotuner.study.failure import Stage
@@ -79,10 +80,11 @@ class Core:
 class Api:
     """The HTTP endpoints."""
 
-    def __init__(self, options: Options, core: Core, actor: Actor) -> None:
+    def __init__(self, options: Options, core: Core, actor: Actor, followers: Followers) -> None:
         self._options = options
         self._core = core
         self._actor = actor
+        self._followers = followers
         self._ids = itertools.count()
         self._finished = 0
         self._parting_chance = fidelity.parting_chance(options.setting)
@@ -130,6 +132,7 @@ class Api:
 
     async def _generate(self, request: web.Request, chat: bool) -> web.StreamResponse:
         index = next(self._ids)
+        self._followers.step()
         spoiled = self._actor.request(index)
         if spoiled is not None and spoiled.effect is Effect.ERROR500:
             return _error("EngineCore failed on this request.", 500)
@@ -281,12 +284,12 @@ def stats_line(scheduler: Scheduler, prompt_tokens: int, generation_tokens: int)
     )
 
 
-async def serve(options: Options, actor: Actor, sock: socket.socket) -> None:
+async def serve(options: Options, actor: Actor, sock: socket.socket, followers: Followers) -> None:
     """Serve on the bound socket until SIGTERM or SIGINT."""
     stop = _stop_event(actor)
     core = Core(Scheduler(options.setting, options.hardware, options.seed), actor)
     tasks = [asyncio.create_task(core.run()), asyncio.create_task(_print_stats(core))]
-    app = Api(options, core, actor).app()
+    app = Api(options, core, actor, followers).app()
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
     await runner.setup()
     await _listen(runner, sock, options)

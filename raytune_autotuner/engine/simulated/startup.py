@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from raytune_autotuner.engine.simulated import log
 from raytune_autotuner.engine.simulated.acting import Actor, usage_error
 from raytune_autotuner.engine.simulated.cost import kv_cache_blocks, memory, startup_plan
-from raytune_autotuner.engine.simulated.fate import fate, leaks
+from raytune_autotuner.engine.simulated.fate import fate, leaks, uneven
 from raytune_autotuner.engine.simulated.faults import Effect, Fault, parse_faults
+from raytune_autotuner.engine.simulated.ranks import Followers, Head
 from raytune_autotuner.engine.simulated.setting import Hardware, Setting
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Stage
@@ -35,6 +36,11 @@ class Options:
     seed: int
     faults: tuple[Fault, ...]
     non_default: dict[str, object]
+    nodes: int
+    rank: int
+    meeting: tuple[str, int]
+    """Host and port on which rank 0 awaits the others."""
+    headless: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--served-model-name", nargs="+", help="the names that requests may carry")
     made.add_argument("--seed", type=int, help="of the noise; drawn anew at each start where it is left out")
     made.add_argument("--fault", action="append", default=[], metavar="EFFECT@STAGE:option=value")
+    nodes = made.add_argument_group("several nodes")
+    nodes.add_argument("--nnodes", type=int, default=1)
+    nodes.add_argument("--node-rank", type=int, default=0)
+    nodes.add_argument("--master-addr", default="127.0.0.1", help="of rank 0, which awaits the others there")
+    nodes.add_argument("--master-port", type=int, default=29501)
+    nodes.add_argument("--headless", action="store_true", help="follow rank 0 and serve nothing")
     Setting.add_flags(made.add_argument_group("engine"))
     Hardware.add_flags(made.add_argument_group("hardware"))
     return made
@@ -62,32 +74,37 @@ def read_options(argv: Sequence[str]) -> Options:
         made.error(str(error))
     setting, hardware = Setting.from_params(values), Hardware.from_params(values)
     seed = int.from_bytes(os.urandom(4), "big") if given.seed is None else given.seed
-    if (own := fate(setting, hardware)) is not None:
+    faults = tuple(fault for fault in faults if fault.rank == given.node_rank)
+    if (own := uneven(setting, given.nnodes) or fate(setting, hardware)) is not None and not given.headless:
         faults += (own,)
     if leaks(setting):
         faults += (Fault(Effect.LEAK, Stage.READY, tree="+".join(["setsid"] * (setting.api_server_count - 1))),)
     changed = {n: v for n, v in vars(given).items() if v != made.get_default(n)} | {"seed": seed}
     names = tuple(given.served_model_name or [given.model])
-    return Options(given.host, given.port, given.model, names, setting, hardware, seed, faults, changed)
+    place = (given.nnodes, given.node_rank, (given.master_addr, given.master_port), given.headless)
+    return Options(given.host, given.port, given.model, names, setting, hardware, seed, faults, changed, *place)
 
 
 class Startup:
-    """One start, up to the socket that the server will listen on."""
+    """One start, up to the socket that the server will listen on, and to the other ranks where there are some."""
 
     def __init__(self, options: Options, actor: Actor) -> None:
         self._options = options
         self._actor = actor
         self._seconds = dict(startup_plan(options.setting, options.hardware))
+        self.followers = Followers()
+        self.head: Head | None = None
 
-    def run(self) -> socket.socket:
-        """Go through all stages before `ready`; faults may end the process on the way."""
+    def run(self) -> socket.socket | None:
+        """Go through all stages before `ready`; faults may end the process on the way. None for a headless rank."""
         sock = self._configure()
         for stage, tell in _STAGES.items():
             if stage in self._seconds:
                 tell(self, self._seconds[stage])
+        self.followers.await_ready()
         return sock
 
-    def _configure(self) -> socket.socket:
+    def _configure(self) -> socket.socket | None:
         options = self._options
         for fault in options.faults:
             if fault.stage is Stage.ARGUMENTS and fault.effect is Effect.REFUSE:
@@ -95,7 +112,7 @@ class Startup:
         self._actor.reach(Stage.ARGUMENTS)
         log.say(log.API, f"version {log.VERSION}, model {options.model}")
         log.say(log.API, f"non-default args: {options.non_default}")
-        sock = bind(options.host, options.port)
+        sock = None if options.headless else bind(options.host, options.port)
         log.say(log.API, "Resolved architecture: LlamaForCausalLM")
         self._pause(self._seconds[Stage.CONFIGURATION])
         self._actor.reach(Stage.CONFIGURATION)
@@ -105,8 +122,16 @@ class Startup:
     def _initialize(self, seconds: float) -> None:
         config = f"model='{self._options.model}', seed={self._options.seed}"
         log.say(log.CORE, f"Initializing a V1 LLM engine (v{log.VERSION}) with config: {config}")
+        self._meet()
         self._pause(seconds)
         self._actor.reach(Stage.INITIALIZATION)
+
+    def _meet(self) -> None:
+        """Wait for the other ranks, on rank 0 for all of them."""
+        if self._options.headless:
+            self.head = Head(self._options.meeting)
+        elif self._options.nodes > 1:
+            self.followers = Followers(self._options.meeting, self._options.nodes - 1)
 
     def _load_weights(self, seconds: float) -> None:
         log.say(log.WORKER, f"Starting to load model {self._options.model}...")
