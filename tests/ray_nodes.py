@@ -33,7 +33,7 @@ from raytune_autotuner.engine.processes import state_dir
 PORT = 6379
 OBJECT_STORE_BYTES = 80_000_000
 START_S = 120.0
-_RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
+RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
 # Its first process is a shell, which reaps what others leave to it.
 _BOOT = """
 hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/resolv.conf; shift 3
@@ -199,7 +199,7 @@ class Network:
         log = self._logs / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", namespace, *unshare, *shell, *_RAY, *own, *options],
+                ["ip", "netns", "exec", namespace, *unshare, *shell, *RAY_START, *own, *options],
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

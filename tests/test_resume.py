@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,9 @@ from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.resume import kept_rows, unfinished_run
+from tests.ray_nodes import OBJECT_STORE_BYTES, RAY_START, START_S, environment
 from tests.studies import command, marks, only_run, optuna_trials, write_study
+from tests.test_study_run import wait_for
 
 
 def begun(folder: Path, phase: str = "interrupted", **changes: Any) -> tuple[Study, ResultsFolder]:
@@ -108,6 +115,47 @@ def test_a_study_whose_driver_is_killed_again_and_again_loses_no_trial_and_measu
     assert len({json.dumps(dict(row.params), sort_keys=True) for row in counted}) == 6
     assert all(trial.state.is_finished() for trial in optuna_trials(folder))
     assert marks(folder.path.name) == {}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_study_whose_head_is_killed_says_so_and_goes_on_at_another_address(tmp_path: Path, ray_address: str) -> None:
+    path = write_study(tmp_path, search={"trials": 3}, resources={"cpus": 1, "max_concurrent": 1})
+    with a_head() as (head, address):
+        quick = {**environment(), "RAY_gcs_rpc_server_reconnect_timeout_s": "12"}
+        words = command(path, "--address", address)
+        with subprocess.Popen(words, env=quick, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+            _await_a_trial(path, 0)
+            os.killpg(head.pid, signal.SIGKILL)
+            said, _ = driver.communicate(timeout=100)
+    assert driver.returncode not in (0, None)
+    assert f"Ray's head at {address} does not answer any more" in said
+    kept = [row for row in only_run(path).read_rows() if row.state.teaches]
+    done = subprocess.run(
+        command(path, "--address", ray_address, "--resume"), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = only_run(path).read_rows()
+    assert kept
+    assert [row for row in rows if row in kept] == kept
+    assert len({json.dumps(dict(row.params), sort_keys=True) for row in rows if row.state.teaches}) == 3
+    assert marks(only_run(path).path.name) == {}
+
+
+@contextmanager
+def a_head() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A cluster of one node on this machine, as `ray start` makes it, in a process group of its own; its address."""
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, Path(folder, "said").open("wb") as said:
+        options = ["--head", "--port=0", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--include-dashboard=false"]
+        words = [*RAY_START, *options, f"--temp-dir={folder}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        head = subprocess.Popen(words, env=environment(), stdout=said, stderr=said, start_new_session=True)
+        try:
+            wait_for(lambda: "Ray runtime started" in Path(folder, "said").read_text(), timeout_s=START_S)
+            yield head, Path(folder, "ray_current_cluster").read_text().strip()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
 
 
 def _await_a_trial(path: Path, known: int) -> None:

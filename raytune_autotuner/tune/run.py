@@ -52,6 +52,7 @@ from raytune_autotuner.tune.early_stop import StopHopeless
 from raytune_autotuner.tune.engine_there import engine_of
 from raytune_autotuner.tune.files import FarFiles
 from raytune_autotuner.tune.gauges import Gauges
+from raytune_autotuner.tune.head import watched_head
 from raytune_autotuner.tune.monitor import TICK_S, start_monitor
 from raytune_autotuner.tune.reporter import SCORE, TrialReporter, round_metrics
 from raytune_autotuner.tune.resume import check_claim, check_versions, elapsed_before_s, kept_rows, unfinished_run
@@ -106,6 +107,8 @@ def run_study(
         until_all_is_ended.enter_context(run.log)
         if run.mirror is not None:
             until_all_is_ended.enter_context(run.mirror)
+        if cluster.joined:
+            until_all_is_ended.enter_context(watched_head(run.warn))
         until_all_is_ended.enter_context(_stop_signals(run.interrupt))
         try:
             run.search()
@@ -164,7 +167,7 @@ class _Run:
         self.slots = self.cluster.slots(self.study, self.engine)
         self._looked_at = time.monotonic()
         self.log = LogWriter(self.folder.study_log)
-        self.mirror = None if self.folder.store is None else Mirror(self.folder.path, self.folder.store, self._warn)
+        self.mirror = None if self.folder.store is None else Mirror(self.folder.path, self.folder.store, self.warn)
         self.events = Events(self.study, verbose=True)
         self.board = TensorBoardWriter(self.folder, self.study)
         self.gauges = Gauges(self.study, self.folder.path.name)
@@ -434,7 +437,8 @@ class _Run:
         limit = self.study.trial.timeout_s
         return LiveTrial(row.number, known.stage, known.share, known.elapsed_s, limit, dict(known.metrics or {}))
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Tell people now, and whoever reads the study's log; from any thread."""
         logger.warning("%s", text)
         self.log.write_study(text)
 
