@@ -19,16 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.report.best import write_best
+from raytune_autotuner.report.progress import time_left_s, time_left_text, times_left_s, verification_progress
 from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_result
 from raytune_autotuner.report.sparing import Sparing
-from raytune_autotuner.report.status import (
-    LiveTrial,
-    StudyStatus,
-    read_status,
-    time_left_s,
-    verification_progress,
-    write_status,
-)
+from raytune_autotuner.report.status import LiveTrial, StudyStatus, read_status, write_status
 from raytune_autotuner.report.summary import failure_lines, render_status, summarize
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.report.writing import write_json, write_text
@@ -524,12 +518,23 @@ def test_the_time_left_counts_the_restarts_of_the_finalists() -> None:
     assert verification_progress(study, out) == "5 of 8 restarts to verify"
 
 
-def test_while_the_search_runs_as_many_finalists_are_expected_as_it_has_found_until_then() -> None:
+def test_while_nothing_beats_the_defaults_there_are_two_times_the_likely_one_first() -> None:
     study = make_study(verify={"top": 2, "restarts": 3})
-    none = [measured(0, 100.0), *(measured(i, 50.0, setting(4)) for i in range(1, 6))]
-    assert time_left_s(study, none, {}, 1, 0.0) == pytest.approx(6 * 70 + 6 / 7 * 2 * 3 * 70)
-    one = [*none[:5], measured(5, 150.0, setting(8))]
-    assert time_left_s(study, one, {}, 1, 0.0) == pytest.approx(6 * 70 + (1 + 2) * 3 * 70)
+    none = [measured(0, 100.0), *(measured(i, 50.0, setting(4)) for i in range(1, 8))]
+    early, late = (times_left_s(study, none[:ended], {}, 1, 0.0) for ended in (3, 8))
+    assert early[0] > early[1] == pytest.approx(9 * 70)
+    # Of the 4 trials to come none wins with 330/495, one with 120/495, more with 45/495.
+    assert late == pytest.approx((4 * 70, (4 + (1 + (120 + 2 * 45) / 165) * 3) * 70))
+    assert time_left_text(early).endswith("left, or 10:30 if nothing beats the defaults")
+    assert time_left_text(late).startswith("about 4:40 left, or ")
+
+
+def test_once_something_beats_the_defaults_there_is_one_time_with_the_finalists_that_are_likely() -> None:
+    study = make_study(verify={"top": 2, "restarts": 3})
+    rows = [measured(0, 100.0), *(measured(i, 50.0 * i, setting(4)) for i in range(1, 4))]
+    # Of the 8 trials to come none wins with 45/495: then one setting is measured again beside the baseline, else two.
+    expected = 1 + (45 * 1 + 450 * 2) / 495
+    assert times_left_s(study, rows, {}, 1, 0.0) == pytest.approx(((8 + expected * 3) * 70,))
 
 
 def test_the_time_left_ends_with_the_time_budget() -> None:

@@ -9,20 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from raytune_autotuner.report.progress import progress, time_left_text, times_left_s
 from raytune_autotuner.report.recheck import answer_of
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import (
-    LiveTrial,
-    Standing,
-    StudyStatus,
-    format_duration,
-    progress,
-    read_status,
-    standing_of,
-    time_left_s,
-)
+from raytune_autotuner.report.status import LiveTrial, Standing, StudyStatus, read_status, standing_of
 from raytune_autotuner.report.verdict import best_so_far
-from raytune_autotuner.report.wording import describe_params, format_number, verification_of
+from raytune_autotuner.report.wording import describe_params, format_duration, format_number, verification_of
 from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.study import Study
@@ -61,11 +53,11 @@ class Summary:
         return sum(row.counts for row in self.rows)
 
     @property
-    def time_left_s(self) -> float | None:
-        """Of a study that runs; None where that is not known yet."""
+    def times_left_s(self) -> tuple[float, ...]:
+        """Of a study that runs, the likely one first; empty where it is not known yet."""
         if self.status is None or self.standing != "running":
-            return None
-        return time_left_s(self.study, self.rows, self.live, self.status.concurrency, self.status.elapsed_s)
+            return ()
+        return times_left_s(self.study, self.rows, self.live, self.status.concurrency, self.status.elapsed_s)
 
     @property
     def best(self) -> TrialRow | None:
@@ -91,7 +83,7 @@ class Summary:
             "results": self.folder.place,
             "standing": self.standing,
             "elapsed_s": None if self.status is None else self.status.elapsed_s,
-            "time_left_s": self.time_left_s,
+            "time_left_s": next(iter(self.times_left_s), None),
             "trials": {"wanted": self.study.search.trials, "counted": self.counted} | states,
             "progress": progress(self.study, self.rows),
             "running": [asdict(trial) for trial in self.live.values()],
@@ -156,8 +148,8 @@ def _phase_line(summary: Summary) -> str:
         return f"{summary.standing}: {done}"
     if summary.standing != "running":
         return f"{summary.standing} after {format_duration(status.elapsed_s)}: {done}"
-    left = summary.time_left_s
-    estimate = "" if left is None else f", about {format_duration(left)} left"
+    left = summary.times_left_s
+    estimate = f", {time_left_text(left)}" if left else ""
     return f"running for {format_duration(time.time() - status.started_at)}: {done}{estimate}"
 
 

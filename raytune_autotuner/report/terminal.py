@@ -18,13 +18,14 @@ from rich.live import Live
 from rich.text import Text
 
 from raytune_autotuner.report.events import Events
+from raytune_autotuner.report.progress import progress, time_left_text, times_left_s
 from raytune_autotuner.report.recheck import Recheck
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import LiveTrial, format_duration, progress, time_left_s
+from raytune_autotuner.report.status import LiveTrial
 from raytune_autotuner.report.summary import Summary, failure_lines, summarize
 from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far
-from raytune_autotuner.report.wording import contender_cells, format_number
+from raytune_autotuner.report.wording import contender_cells, format_duration, format_number
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.masking import mask_line
 from raytune_autotuner.study.space import Params, changes, readable
@@ -207,8 +208,7 @@ class LiveTable:
     def _foot(self, live: Mapping[int, LiveTrial], best: TrialRow | None) -> list[Text]:
         assert self._info is not None
         study, elapsed = self._info.study, time.monotonic() - self._begun
-        left = time_left_s(study, self._rows, live, self._info.concurrency, elapsed)
-        ending = "time left unknown yet" if left is None else f"about {format_duration(left)} left"
+        ending = time_left_text(times_left_s(study, self._rows, live, self._info.concurrency, elapsed))
         parts = [progress(study, self._rows), f"{format_duration(elapsed)} elapsed", ending]
         lines = [Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")]
         if best is not None:

@@ -47,6 +47,20 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def format_duration(seconds: float) -> str:
+    """Short text for people.
+
+    >>> format_duration(7.4), format_duration(125), format_duration(7300)
+    ('7 s', '2:05', '2:01:40')
+    """
+    whole = int(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{whole} s"
+
+
 def percent(share: float, sign: bool = False) -> str:
     """A share for people, to a tenth of a percent; `sign`: with a plus where it is positive.
 

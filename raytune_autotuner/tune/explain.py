@@ -19,9 +19,8 @@ import optuna
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
 from raytune_autotuner.report.runs import runs_at
-from raytune_autotuner.report.status import format_duration
 from raytune_autotuner.report.store import Store
-from raytune_autotuner.report.wording import describe_params
+from raytune_autotuner.report.wording import describe_params, format_duration
 from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study

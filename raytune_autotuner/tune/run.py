@@ -28,11 +28,12 @@ from raytune_autotuner.report.events import Events
 from raytune_autotuner.report.html.page import write_report
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.mirror import Mirror
+from raytune_autotuner.report.progress import time_left_s
 from raytune_autotuner.report.recheck import Claim, Recheck, answer_of, claim_notes, note_claim
 from raytune_autotuner.report.results import SUGGESTION, ResultsFolder
 from raytune_autotuner.report.runs import create_run
 from raytune_autotuner.report.sparing import Sparing
-from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, time_left_s, write_status
+from raytune_autotuner.report.status import LiveTrial, Phase, StudyStatus, write_status
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.tensorboard import TensorBoardWriter
 from raytune_autotuner.report.terminal import Ending, StudyInfo, Watcher, make_watcher

@@ -15,8 +15,9 @@ from typing import Any
 from raytune_autotuner.report.finalists import Contender, contenders, started
 from raytune_autotuner.report.recheck import Recheck, answer_of
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import Standing, StudyStatus, format_duration, read_status, standing_of
+from raytune_autotuner.report.status import Standing, StudyStatus, read_status, standing_of
 from raytune_autotuner.report.verdict import Verdict, baseline_of
+from raytune_autotuner.report.wording import format_duration
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.space import format_value

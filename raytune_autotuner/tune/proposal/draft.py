@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from raytune_autotuner.engine import models
-from raytune_autotuner.report.status import format_duration
 from raytune_autotuner.report.store import Store
+from raytune_autotuner.report.wording import format_duration
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.study import EngineSpec, Study
