@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from raytune_autotuner.engine.contract import Launch
 from raytune_autotuner.engine.logfile import read_log
 from raytune_autotuner.engine.processes import (
     MARK_VARIABLE,
+    FileLock,
     descendants,
     free_cores,
     free_port,
@@ -45,6 +47,7 @@ class Bench:
         """This Python with `arguments`, `{port}` filled in."""
         port = self._stack.enter_context(free_port())
         argv = (sys.executable, *(argument.replace("{port}", str(port)) for argument in arguments))
+        argv = options.pop("argv", argv)
         options = {"grace_s": 5.0, "timeout_s": deadline_s, "rules": SIMULATED_RULES, "env": {}, **options}
         launch = Launch(argv, {"PYTHONPATH": str(PACKAGE_PARENT), **options.pop("env")})
         mark = make_mark("test", self.folder.name)
@@ -371,3 +374,22 @@ def test_two_trials_do_not_share_cores_and_one_that_finds_too_few_is_not_bound()
             assert third == ()
     with free_cores(count) as all_of_them:
         assert len(all_of_them) == count
+
+
+def test_a_command_that_is_not_there_is_the_studys_fault(bench: Bench) -> None:
+    server = bench.start((), argv=("/nowhere/python",))
+    failure = failure_of(server)
+    assert (failure.stage, failure.blame) == (Stage.ARGUMENTS, Blame.STUDY)
+    assert failure.evidence == "could not be started: No such file or directory: /nowhere/python"
+
+
+def test_a_trials_folder_that_is_gone_is_the_machines_fault(bench: Bench, tmp_path: Path) -> None:
+    held = FileLock("gpu-test-folder")
+    assert held.acquire()
+    server = bench.run("", locks=["gpu-test-folder"])
+    shutil.rmtree(tmp_path / "trial")
+    (tmp_path / "trial").write_text("")
+    held.release()
+    failure = failure_of(server)
+    assert (failure.kind, failure.blame) == (Kind.ENGINE_DIED, Blame.ENVIRONMENT)
+    assert "Not a directory" in failure.evidence

@@ -332,9 +332,12 @@ class EngineServer:
         return None
 
     def _refused(self) -> Failure:
-        error = self._events["refused"]["error"]
-        remedy = "Check the engine's command: its `engine.python` and what is installed there."
-        return Failure(Stage.ARGUMENTS, Kind.ENGINE_DIED, Blame.STUDY, f"could not be started: {error}", remedy)
+        refused = self._events["refused"]
+        blame, remedy = Blame.STUDY, "Check the engine's command: its `engine.python` and what is installed there."
+        if not refused["by_program"]:
+            blame = Blame.ENVIRONMENT
+            remedy = "See whether something deletes trials' folders, or the machine has no memory or processes left."
+        return Failure(Stage.ARGUMENTS, Kind.ENGINE_DIED, blame, f"could not be started: {refused['error']}", remedy)
 
     def _lost_supervisor(self, what: str) -> Failure:
         evidence = f"the supervisor of the engine's processes {what}"

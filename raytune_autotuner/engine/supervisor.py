@@ -210,7 +210,9 @@ class Supervisor:
             self._spawn(writer, oom_score_adj)
         except OSError as error:
             self._cause = Cause.REFUSED
-            self._channel.send("refused", error=f"{error.strerror}: {error.filename or self._spec.argv[0]}")
+            program = self._spec.argv[0]
+            said = f"{error.strerror}: {error.filename or program}"
+            self._channel.send("refused", error=said, by_program=error.filename == program)
         finally:
             os.close(writer)
         self._selector.register(reader, selectors.EVENT_READ, lambda: self._on_output(pump))
