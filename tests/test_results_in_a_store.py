@@ -128,6 +128,7 @@ def test_a_study_in_a_bucket_outlives_an_outage_and_is_read_from_elsewhere(
     assert driver.returncode == 0, said + warned
     assert warned.count("does not take the results") == 1
     assert "results are brought to" in said
+    assert f"logs {bucket}/{local.parent.name} 0 --engine" in said
 
     (name,) = bucket.folders()
     here, there = local.parent, bucket / name

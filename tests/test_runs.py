@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,12 @@ def test_a_log_in_a_store_is_followed_line_by_line(store: Store, monkeypatch: py
     write_status(run, replace(status, phase="finished"))
     bring(run)
     assert [*seen, *lines] == ["one", "two", "three"]
+
+
+def test_a_log_that_is_not_in_the_store_is_named_by_its_uri(store: Store) -> None:
+    there = bring(create_run(store, make_study()))
+    with pytest.raises(ConfigError, match=re.escape(f"{there}/study.log: there is no such log")):
+        next(read_log(open_run(there)))
 
 
 def test_a_copy_that_is_fresh_enough_is_not_fetched_again(store: Store) -> None:

@@ -91,7 +91,7 @@ def read_log(
     """
     path = _log_path(folder, trial, which)
     if not follow and not path.is_file():
-        raise ConfigError(_missing(path))
+        raise ConfigError(_missing(folder, path))
     lines = follow_lines(path, _study_ended(folder, trial)) if follow else _history(path)
     since = parse_since(since) if isinstance(since, str) else since
     return (mask(line) for line in _after(lines, since))
@@ -199,9 +199,10 @@ def _log_path(folder: ResultsFolder, trial: int | None, which: Which) -> Path:
     return folder.study_log
 
 
-def _missing(path: Path) -> str:
+def _missing(folder: ResultsFolder, path: Path) -> str:
     there = sorted(entry.name for entry in path.parent.glob("*.log"))
-    return f"{path}: there is no such log (yet). There: {', '.join(there) or 'no log at all'}."
+    name = path if folder.store is None else folder.store / str(path.relative_to(folder.path))
+    return f"{name}: there is no such log (yet). There: {', '.join(there) or 'no log at all'}."
 
 
 def _study_ended(folder: ResultsFolder, trial: int | None) -> Callable[[], bool]:

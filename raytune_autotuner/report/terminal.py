@@ -22,6 +22,7 @@ from raytune_autotuner.report.progress import progress, time_left_text, times_le
 from raytune_autotuner.report.recheck import Recheck
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import LiveTrial
+from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.summary import Summary, failure_lines, summarize
 from raytune_autotuner.report.table import trial_table
 from raytune_autotuner.report.verdict import Verdict, best_so_far
@@ -59,6 +60,8 @@ class StudyInfo:
     """Whether nothing is searched: an earlier run's winner and baseline are measured again."""
     elapsed_s: float = 0.0
     """For how long the study has run already."""
+    store: Store | None = None
+    """Where the folder is brought to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,12 +366,13 @@ def _failures(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
 
 
 def _next_steps(info: StudyInfo, ending: Ending) -> list[str]:
-    folder = _shell_path(info.folder)
+    folder, place = _shell_path(info.folder), shlex.quote(str(info.store or info.folder))
     first = next((row.number for row in ending.rows if row.taken_from is None), 0)
     return [
         f"  results       {info.folder}",
+        *([f"  for everyone  {info.store}"] if info.store else []),
         f"  report        {_shell_path(info.folder / 'report.html')}",
-        f"  one trial     python -m raytune_autotuner logs {folder} {first} --engine",
+        f"  one trial     python -m raytune_autotuner logs {place} {first} --engine",
         f"  TensorBoard   tensorboard --logdir {folder}",
         f"  search table  optuna-dashboard {_shell_path(info.folder / 'optuna.log')}",
     ]

@@ -260,6 +260,7 @@ class _Run:
             self.engine.defaults(),
             verifies=self.verifies is not None,
             elapsed_s=self._elapsed_s,
+            store=self.folder.store,
         )
         self.watcher.started(info)
         for note in notes:
