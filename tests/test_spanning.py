@@ -69,9 +69,10 @@ class NearFollower:
     def lost(self) -> Failure | None:
         return None
 
-    def stop(self) -> None:
+    def stop(self) -> Failure | None:
         self._server.kill()
         self._watch.join()
+        return self._server.logged_failure()
 
 
 def play(study: Study, workdir: Path) -> TrialResult:
@@ -142,6 +143,11 @@ def failure(kind: Kind) -> Failure:
 )
 def test_of_several_failures_the_one_that_says_why_is_told(kinds: list[Kind], told: Kind) -> None:
     assert root_cause([failure(kind) for kind in kinds]).kind is told
+
+
+def test_what_a_rank_has_logged_that_lived_on_is_told_too() -> None:
+    assert root_cause([failure(Kind.ENGINE_DIED)], [failure(Kind.OUT_OF_MEMORY)]).kind is Kind.OUT_OF_MEMORY
+    assert root_cause([failure(Kind.ENGINE_DIED)], [failure(Kind.UNKNOWN)]).evidence == "engine-died; unknown"
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,10 @@ class EngineServer:
             self._pause(_WATCH_S)
         self.check()
 
+    def logged_failure(self) -> Failure | None:
+        """What its log shows to have gone wrong before it was ended by us."""
+        return diagnose(read_log(self.log_path), rules=self._rules, ended_by_us=True).failure
+
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_PROBE_TIMEOUT_S)
         try:

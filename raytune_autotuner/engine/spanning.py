@@ -35,8 +35,8 @@ class Follower(Protocol):
     def lost(self) -> Failure | None:
         """The failure where its machine does not answer any more; may take seconds."""
 
-    def stop(self) -> None:
-        """End it, and wait until it is gone."""
+    def stop(self) -> Failure | None:
+        """End it, and wait until it is gone; what its log shows to have gone wrong before."""
 
 
 class SpanningServer:
@@ -100,29 +100,36 @@ class SpanningServer:
 
     def _find_cause(self, told: Failure) -> Failure:
         """Why the engine ended, of which one rank has told that it did."""
-        cause = root_cause(self._all_failures(told)) if told.kind in SUDDEN_ENDS else told
+        cause = self._agreed(told) if told.kind in SUDDEN_ENDS else told
         if self._head.served:
             return under_load(cause)
         told_where = cause.stage is not Stage.ARGUMENTS
         return cause if told_where else replace(cause, stage=self._head.stage, share=self._head.share)
 
-    def _all_failures(self, told: Failure) -> list[Failure]:
-        """Those of all ranks, where one does not say why it has ended: the others may, a moment later."""
+    def _agreed(self, told: Failure) -> Failure:
+        """The cause by all ranks, where one of them does not say why it has ended: the others may, a moment later."""
         first = [*self._failures]  # if any, it was that which ended rank 0
         with self._changed:
             self._changed.wait_for(lambda: not self._running, 0 if first else ECHO_S)
-        lost = [failure for number in sorted(self._running) if (failure := self._followers[number].lost())]
-        return [*first, told, *self._failures, *lost]
+        left = [self._followers[number] for number in sorted(self._running)]
+        lost = [failure for follower in left if (failure := follower.lost())]
+        self._stopping = True
+        # Of those that live on, a log may have the error all the same: vLLM's workers go on after one.
+        logged = [] if lost else [failure for follower in left if (failure := follower.stop())]
+        return root_cause([*first, told, *self._failures, *lost], logged)
 
 
-def root_cause(failures: Sequence[Failure]) -> Failure:
-    """Of the failures of one engine's ranks, in the order in which they were seen, the one to tell.
+def root_cause(ends: Sequence[Failure], logged: Sequence[Failure] = ()) -> Failure:
+    """Of the failures of one engine's ranks, the one to tell: `ends` in their order, `logged` by those that lived on.
 
-    A machine that is gone explains the ends of all others; else one that says why, and else the first.
+    A machine that is gone explains the ends of all others; else one that says why, and else the first, with what was
+    logged elsewhere.
     """
-    lost = [failure for failure in failures if failure.kind is Kind.NODE_LOST]
-    telling = [failure for failure in failures if failure.kind not in SUDDEN_ENDS]
-    return (lost or telling or list(failures))[0]
+    lost = [failure for failure in ends if failure.kind is Kind.NODE_LOST]
+    telling = [failure for failure in (*ends, *logged) if failure.kind not in SUDDEN_ENDS]
+    if lost or telling:
+        return (lost or telling)[0]
+    return replace(ends[0], evidence="; ".join(failure.evidence for failure in (ends[0], *logged)))
 
 
 def _other(rank: Rank, number: int) -> Rank:

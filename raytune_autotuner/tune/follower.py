@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,18 +72,24 @@ class RankActor:
         sweep_orphans()
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         rank = replace(rank, host=address_here())
+        self._name = f"rank {rank.number} on {socket.gethostname()} ({ranked(LOG_NAME, rank.number)})"
         try:
             with free_cores(self._part.cores) as cores, self._make_server(rank, left_s, cores) as self._server:
                 self._server.wait_end()
         except TrialFailed as failed:
-            where = f"rank {rank.number} on {socket.gethostname()} ({ranked(LOG_NAME, rank.number)})"
-            return replace(failed.failure, evidence=f"{where}: {failed.failure.evidence}")
+            return self._named(failed.failure)
         return None
 
-    def stop(self) -> None:
-        """End the rank, and wait until it is gone."""
-        if self._server is not None:
-            self._server.kill()
+    def stop(self) -> Failure | None:
+        """End the rank, and wait until it is gone; what its log shows to have gone wrong before."""
+        if self._server is None:
+            return None
+        self._server.kill()
+        failure = self._server.logged_failure()
+        return None if failure is None else self._named(failure)
+
+    def _named(self, failure: Failure) -> Failure:
+        return replace(failure, evidence=f"{self._name}: {failure.evidence}")
 
     def _make_server(self, rank: Rank, left_s: float, cores: tuple[int, ...]) -> EngineServer:
         part = self._part
@@ -138,11 +143,15 @@ class RayFollower:
         remedy = "See what became of the machine; the setting is run again on other ones."
         return Failure(Stage.ARGUMENTS, Kind.NODE_LOST, Blame.ENVIRONMENT, evidence, remedy)
 
-    def stop(self) -> None:
-        """End the rank and its actor."""
-        with suppress(ray.exceptions.RayError):
-            ray.get(self._actor.stop.remote(), timeout=STOP_S if node_answers(self._node_id) else 0)
+    def stop(self) -> Failure | None:
+        """End the rank and its actor; what the rank's log shows to have gone wrong before."""
+        try:
+            limit_s = STOP_S if node_answers(self._node_id) else 0
+            failure: Failure | None = ray.get(self._actor.stop.remote(), timeout=limit_s)
+        except ray.exceptions.RayError:
+            failure = None
         ray.kill(self._actor)
+        return failure
 
     def _end_of(self, run: Any) -> Failure | None:
         try:
