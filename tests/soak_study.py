@@ -198,7 +198,7 @@ def write_soak_study(folder: Path, trials: int, slots: int) -> Path:
         search_space={"max-num-seqs": {"int": [1, 4096]}, "block-size": {"choice": [16, 32]}},
         workload={"traffic": "D(16,16)", "requests": 64, "concurrency": 8},
         search={"trials": trials, "sampler": "random", "max_failures_in_a_row": 1000},
-        trial={"timeout_s": 12, "hung_after_s": 4},
+        trial={"timeout_s": 12, "hung_after_s": 6},
         verify={"top": 1, "restarts": 2},
         resources={"cpus": 0.1, "max_concurrent": slots},
     )
