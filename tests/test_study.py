@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.file import load_study, parse_study
+from raytune_autotuner.study.plain import dump_yaml, parse_yaml
 from raytune_autotuner.study.study import Study
 
 MINIMAL: dict[str, Any] = {"study": "s", "model": "a/b", "search_space": {"max-num-seqs": {"int": [1, 64]}}}
@@ -260,3 +261,8 @@ def test_a_study_that_is_written_down_is_read_as_the_same(
 ) -> None:
     text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     assert load(tmp_path_factory.getbasetemp(), text) == study
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\x85b", "\u2028", "a\r\nb", "\ufeff", " a ", "no", "1e3", "ä\t"])
+def test_a_text_is_read_as_it_was_written(text: str) -> None:
+    assert parse_yaml(dump_yaml({"a": [text]}), "a file")[0] == {"a": [text]}

@@ -14,6 +14,7 @@ import yaml
 from raytune_autotuner.study.errors import ConfigError, shown
 
 MAX_DEPTH = 20
+_OTHER_BREAKS = frozenset("\x85\u2028\u2029")
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,3 +87,12 @@ def dump_yaml(value: Any, **options: Any) -> str:
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    """In quotes that escape the rarer line breaks, which PyYAML else writes in a way that reads as another text."""
+    style = '"' if _OTHER_BREAKS & set(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
