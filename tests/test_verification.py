@@ -89,8 +89,14 @@ def test_a_restart_that_was_lost_is_begun_again_as_often_as_trials_are_retried()
 def test_a_study_searches_on_dummy_weights_and_measures_its_finalists_again_on_real_ones_outside_of_the_search(
     tmp_path: Path, ray_address: str
 ) -> None:
-    dummy = {"search_weights": "dummy"}
-    path = write_study(tmp_path, engine=dummy, search={"trials": 4}, verify={"top": 1, "restarts": 2})
+    path = write_study(
+        tmp_path,
+        engine={"search_weights": "dummy", "args": {"max-num-seqs": 2}},  # defaults that are easily beaten
+        search_space={"max-num-seqs": {"choice": [16, 64]}, "block-size": {"choice": [16, 32]}},
+        workload={"traffic": "D(32,32)"},
+        search={"trials": 4},
+        verify={"top": 1, "restarts": 2},
+    )
     done, folder = run_study(path, "--address", ray_address)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = folder.read_rows()
