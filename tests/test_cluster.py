@@ -41,7 +41,7 @@ def test_a_study_goes_on_while_nodes_die_and_join_and_their_files_come_back(tmp_
     first = network.start_node("--labels=zone=far", hide=apart)
     study = write_study(
         tmp_path,
-        engine={"args": {"fault": "none", "max-num-seqs": 64}},
+        engine={"args": {"fault": "none", "max-num-seqs": 64, "speed": 1}},
         search_space={"fault": {"choice": ["none", HUNG]}, "max-num-seqs": {"choice": [8, 64]}},
         search={"trials": 3, "points": [{"fault": HUNG}, {"fault": "none", "max-num-seqs": 8}]},
         workload={**SLOW, "requests": 20},
