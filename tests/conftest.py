@@ -33,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if why is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=why))
+    for item in items:
+        # They wait for processes of a machine that others use, too. The summary says which were run again.
+        if item.get_closest_marker("slow") or item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.fixture(scope="session")
