@@ -51,12 +51,18 @@ def evaluation(folder: Path, changes: Mapping[str, Any], params: Mapping[str, An
 
 
 def play(folder: Path, changes: Mapping[str, Any], params: Mapping[str, Any] | None = None, **options: Any) -> Played:
-    rounds, steps = evaluation(folder, changes, params or {}, **options).run(), []
+    steps, result = run_through(evaluation(folder, changes, params or {}, **options))
+    return Played(result, steps, folder / "trial")
+
+
+def run_through(trial: Evaluation) -> tuple[list[Mapping[str, float]], TrialResult]:
+    """The metrics after each load, and what the trial came to."""
+    rounds, steps = trial.run(), list[Mapping[str, float]]()
     while True:
         try:
             steps.append(next(rounds))
         except StopIteration as stop:
-            return Played(stop.value, steps, folder / "trial")
+            return steps, stop.value
 
 
 def test_every_level_is_sent_in_every_round_and_each_load_is_a_step(tmp_path: Path) -> None:

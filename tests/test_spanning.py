@@ -25,6 +25,7 @@ from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
 from raytune_autotuner.tune.evaluate import Evaluation
 from tests.studies import BASE, merged
+from tests.test_evaluate import run_through
 
 PAIR: dict[str, Any] = {"engine": {"args": {"pipeline-parallel-size": 2}}, "resources": {"nodes": 2}}
 
@@ -78,15 +79,9 @@ class NearFollower:
 def play(study: Study, workdir: Path) -> TrialResult:
     """One trial of the baseline over two nodes, to its end."""
     follower = NearFollower(study, workdir)
-    rounds = Evaluation(
-        study, make_engine(study), {}, workdir, "run", "trial", followers=[follower], deadline=time.monotonic() + 30
-    ).run()
-    while True:
-        try:
-            next(rounds)
-        except StopIteration as stop:
-            result: TrialResult = stop.value
-            return result
+    deadline = time.monotonic() + 30
+    trial = Evaluation(study, make_engine(study), {}, workdir, "run", "trial", followers=[follower], deadline=deadline)
+    return run_through(trial)[1]
 
 
 def test_both_ranks_are_started_measured_and_ended_and_each_has_files_of_its_own(tmp_path: Path) -> None:

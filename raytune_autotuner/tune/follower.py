@@ -93,11 +93,12 @@ class RankActor:
 
     def _make_server(self, rank: Rank, left_s: float, cores: tuple[int, ...]) -> EngineServer:
         part = self._part
+        engine = make_engine(part.study)
         return EngineServer(
-            make_engine(part.study).launch(part.params, rank.port, rank),
+            engine.launch(part.params, rank.port, rank),
             rank.port,
             part.workdir,
-            rules=make_engine(part.study).rules,
+            rules=engine.rules,
             mark=make_mark(part.run_id, part.trial_id),
             deadline=time.monotonic() + left_s,
             timeout_s=part.study.trial.timeout_s,
