@@ -11,20 +11,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.status import StudyStatus, write_status
+from raytune_autotuner.report.status import StudyStatus, read_status, write_status
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import State, TrialRow
+from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.resume import kept_rows, unfinished_run
 from tests.ray_nodes import OBJECT_STORE_BYTES, RAY_START, START_S, environment
-from tests.studies import command, marks, only_run, optuna_trials, write_study
+from tests.studies import command, marks, only_run, optuna_trials, run_study, write_study
 from tests.test_study_run import wait_for
 
 
@@ -90,6 +92,38 @@ def test_a_result_that_the_driver_did_not_live_to_see_is_kept(tmp_path: Path) ->
         (2, State.PENDING),
     ]
     assert rows[1].result.metrics == {"drift": 0.5}
+
+
+def test_a_trial_that_failed_by_the_studys_fault_says_nothing_and_is_run_again(tmp_path: Path) -> None:
+    study, run = begun(tmp_path, phase="at fault")
+    fault = Failure(Stage.WEIGHTS, Kind.MODEL_NOT_FOUND, Blame.STUDY, "no such folder", "Put it there.")
+    own = replace(fault, kind=Kind.OUT_OF_MEMORY, blame=Blame.PARAMETERS)
+    run.write_rows([_failed(0, fault), _failed(1, own), _failed(2, fault)])
+    assert unfinished_run(study, tmp_path / "results") == run
+    states = [(row.state, row.result.failure, row.penalty) for row in kept_rows(run)]
+    gone = (State.INTERRUPTED, None, None)
+    assert states == [gone, (State.FAILED, own, 1.5), gone]
+
+
+def _failed(number: int, failure: Failure) -> TrialRow:
+    result = TrialResult(failure=failure)
+    return TrialRow(number, f"t{number}", "", {}, State.FAILED, result, violation=1.5, penalty=1.5)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_once_the_fault_that_ended_it_is_mended(tmp_path: Path) -> None:
+    fault = f"model-not-found@weights:once={tmp_path / 'mended'}"
+    path = write_study(tmp_path, engine={"args": {"fault": fault}}, search={"trials": 1})
+    ended, folder = run_study(path)
+    assert ended.returncode == 1
+    assert "Once that is done, --resume goes on." in ended.stdout
+    assert read_status(folder).phase == "at fault"  # type: ignore[union-attr]
+    done, folder = run_study(path, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = folder.read_rows()
+    assert [(row.state, row.retry_of) for row in rows] == [(State.INTERRUPTED, None), (State.MEASURED, 0)]
+    assert [trial.state.name for trial in optuna_trials(folder)] == ["FAIL", "COMPLETE"]
+    assert read_status(folder).phase == "finished"  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from raytune_autotuner.report.finalists import contenders
 from raytune_autotuner.report.verdict import Verdict, best_so_far, study_verdict, verdict
 from raytune_autotuner.report.wording import contender_cells, percent
+from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.space import changes
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
 from tests.report_samples import (
@@ -105,6 +106,17 @@ def test_a_finalist_that_failed_once_is_out_and_that_is_said() -> None:
     assert answer.winner is not None
     assert answer.winner.number == 1
     assert answer.sentence.endswith("Trial 2 failed when started again (out-of-memory in trial 90).")
+
+
+def test_a_restart_that_failed_by_the_studys_fault_is_held_against_nobody() -> None:
+    rows = verified(finalists()[:2], {0: SAME, 1: GOOD})
+    for setting_of in rows[:2]:
+        lost = again(90 + setting_of.number, setting_of, 5)
+        fault = replace(lost.result.failure, blame=Blame.STUDY)  # type: ignore[type-var]
+        rows.append(replace(lost, result=replace(lost.result, failure=fault)))
+    answer = verdict(rows, "maximize", METRIC)
+    assert [one.failed for one in answer.contenders] == [None, None]
+    assert answer.sentence == judged({0: SAME, 1: GOOD}, finalists()[:2]).sentence
 
 
 def test_a_finalist_that_misses_an_slo_in_most_restarts_is_out() -> None:

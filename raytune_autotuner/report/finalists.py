@@ -154,9 +154,9 @@ def as_good(best: Contender, others: Sequence[Contender], direction: Direction) 
 
 
 def _contender(row: TrialRow, rows: Sequence[TrialRow]) -> Contender:
-    """A lost restart was run again, an interrupted one says nothing."""
+    """A lost restart was run again; an interrupted one, or one that the study was to blame for, says nothing."""
     told = (State.MEASURED, State.FAILED)
-    again = (other for other in rows if other.verifies == row.number and other.state in told)
+    again = (one for one in rows if one.verifies == row.number and one.state in told and not one.at_fault)
     return Contender(row, tuple(sorted(again, key=lambda other: (other.restart or 0, other.number))))
 
 

@@ -18,8 +18,9 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.study.failure import Stage
 
-Phase = Literal["running", "finished", "interrupted"]
-Standing = Literal["not started", "running", "killed", "finished", "interrupted"]
+Phase = Literal["running", "finished", "interrupted", "at fault"]
+"""`at fault`: ended by a failure that no setting can mend. As an interrupted one it can be resumed."""
+Standing = Literal["not started", "running", "killed", "finished", "interrupted", "at fault"]
 STALE_S = 60.0
 """A driver on another machine that was silent for so long is taken for dead."""
 

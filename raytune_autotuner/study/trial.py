@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from raytune_autotuner.study.failure import Failure
+from raytune_autotuner.study.failure import Blame, Failure
 
 BASELINE = "baseline"
 
@@ -124,6 +124,12 @@ class TrialRow:
     def feasible(self) -> bool:
         """Measured, with every SLO met."""
         return self.state is State.MEASURED and self.violation is not None and self.violation <= 0
+
+    @property
+    def at_fault(self) -> bool:
+        """Failed in a way that no setting can mend: it ends the study, and says nothing of its setting."""
+        failure = self.result.failure
+        return self.state is State.FAILED and failure is not None and failure.blame is Blame.STUDY
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

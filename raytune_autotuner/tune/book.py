@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from raytune_autotuner.report.verdict import best_with
-from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.study import Direction
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -74,7 +73,7 @@ class Book:
         self._live.pop(row.trial_id, None)
         if row.state is State.LOST:
             self._lost[self._keys[row.trial_id]].append(row)
-        self.at_fault = self.at_fault or _is_the_studys_fault(row)
+        self.at_fault = self.at_fault or row.at_fault
         if row.verifies is None:
             self._settle(row)
         elif row.verifies == self._defaults:
@@ -103,8 +102,3 @@ class Book:
     def _note_baseline(self, row: TrialRow) -> None:
         if self.baseline is None and row.state is State.MEASURED:
             self.baseline = row
-
-
-def _is_the_studys_fault(row: TrialRow) -> bool:
-    failure = row.result.failure
-    return row.state is State.FAILED and failure is not None and failure.blame is Blame.STUDY

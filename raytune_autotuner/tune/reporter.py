@@ -208,8 +208,9 @@ class TrialReporter:
         result = self._result(row, report, standing)
         row = self._judged(row, result, standing)
         self._put(row)
-        if row.state is State.FAILED and result.failure and result.failure.blame is Blame.STUDY:
-            self.end_search(f"{result.failure}. {result.failure.remedy}")
+        if row.at_fault and result.failure:
+            mend = f"{result.failure.remedy} Once that is done, --resume goes on."
+            self.end_search(f"{str(result.failure).removesuffix('.')}. {mend}")
         self._folder.add_row(row)
         return row
 

@@ -1,4 +1,6 @@
-"""Going on with a study that was interrupted: which run, whether the study file still fits it, and what it holds.
+"""Going on with a study that was interrupted, or ended by a fault that is mended now: which run, and what it holds.
+
+Also whether the study file still fits it.
 
 The results folder and Optuna's storage are the truth, not Ray Tune's own state, which is up to ten seconds old: a
 trial counts as finished as soon as its own `result.json` is written. Knows neither Ray nor Optuna.
@@ -85,8 +87,18 @@ def check_claim(folder: ResultsFolder, claim: Claim | None) -> None:
 
 
 def kept_rows(folder: ResultsFolder) -> list[TrialRow]:
-    """The run's trials by number; those that had not ended carry the result that they left behind, if any."""
-    return [row if row.state.finished else _with_result(folder, row) for row in folder.read_rows()]
+    """The run's trials by number; those that had not ended carry the result that they left behind, if any.
+
+    Those that failed by the study's fault count as interrupted: they say nothing of their settings.
+    """
+    return [_kept(row) if row.state.finished else _with_result(folder, row) for row in folder.read_rows()]
+
+
+def _kept(row: TrialRow) -> TrialRow:
+    if not row.at_fault:
+        return row
+    result = replace(row.result, failure=None)
+    return replace(row, state=State.INTERRUPTED, result=result, violation=None, penalty=None)
 
 
 def _with_result(folder: ResultsFolder, row: TrialRow) -> TrialRow:

@@ -292,7 +292,8 @@ class _Run:
         self.folder.write_verdict(answer)
         lines = self._write_best(answer)
         self.board.verdict(answer)
-        phase: Phase = "interrupted" if self.reporter.interrupted else "finished"
+        phase: Phase = "at fault" if self.reporter.at_fault else "finished"
+        phase = "interrupted" if self.reporter.interrupted else phase
         self.log.write_study(f"{phase}: {answer.sentence}")
         if answer.warning:
             self.log.write_study(answer.warning)

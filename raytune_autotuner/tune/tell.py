@@ -108,7 +108,7 @@ class Teller:
         elif row.state is State.STOPPED and row.bound is not None:
             _note(ot_trial, state, None, None)
             self._complete(ot_study, ot_trial, [row.bound], row.violation)
-        elif row.state is State.FAILED:
+        elif row.state is State.FAILED and not row.at_fault:
             failure = row.result.failure or _unexplained()
             self._tell_failed(ot_study, ot_trial, failure, row.violation, row.penalty, state)
         else:

@@ -52,7 +52,7 @@ def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learne
 def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
     then, now = fingerprint(earlier.load_study(), earlier.read_versions()), fingerprint(study, versions)
     _check_same(then, mask_values(now), earlier.place)
-    ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None]
+    ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None and not row.at_fault]
     inside = [row for row in ended if _is_inside(study, row.params)]
     return Learned(
         earlier,

@@ -23,6 +23,7 @@ _STANDING = {
     "running": "The study still runs: this is what is known so far.",
     "killed": "The study was killed before its end: this is what it had measured.",
     "interrupted": "The study was interrupted: this is what it had measured.",
+    "at fault": "The study was ended by a fault of its own, that no setting can mend: this is what it had measured.",
     "not started": "The study has not begun.",
 }
 
