@@ -105,6 +105,22 @@ def test_the_study_or_one_of_a_trials_logs_is_read(folder: ResultsFolder) -> Non
     assert words(read_log(folder, 3, "load")) == ["of-the-load"]
 
 
+def test_the_logs_of_an_engines_ranks_are_read_as_one_and_each_line_says_whose_it_is(folder: ResultsFolder) -> None:
+    noon = datetime(2026, 11, 23, 12, tzinfo=UTC)
+    place = folder.find_trial_dir(3)
+    for rank, name in enumerate(("engine.log", "engine-1.log", "engine-10.log")):
+        lines = [f"{stamp(noon + timedelta(seconds=10 * second + rank))} [load] at {second}" for second in (0, 1)]
+        (place / name).write_text("\n".join([lines[0], "goes on", lines[1]]) + "\n")
+    (place / "engine-1.tail.log").write_text(f"{stamp(noon + timedelta(minutes=1))} [load] the tail\n")
+    said = [line.removeprefix("2026-11-23T") for line in read_log(folder, 3, "engine")]
+    assert said[:4] == [
+        "12:00:00.000Z rank 0 [load] at 0", "rank 0 goes on", "12:00:01.000Z rank 1 [load] at 0", "rank 1 goes on",
+    ]  # fmt: skip
+    assert said[-2:] == ["12:00:12.000Z rank 10 [load] at 1", "12:01:00.000Z rank 1 [load] the tail"]
+    assert len(said) == 10
+    assert words(read_log(folder, 3, "engine", since="2026-11-23T12:01")) == ["tail"]
+
+
 def test_what_is_not_there_is_said(folder: ResultsFolder) -> None:
     write(folder.find_trial_dir(3) / "trial.log", "x")
     with pytest.raises(ConfigError, match=r"load.log: there is no such log \(yet\). There: trial.log"):

@@ -7,12 +7,14 @@ several processes may share a file. `read_log` gives history first, then what co
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +89,7 @@ def read_log(
 ) -> Iterator[str]:
     """Lines of the study's log, or of one of a trial's logs, without line ends; `follow` until the study has ended.
 
+    Of an engine over several nodes those of all its ranks, each line with its rank.
     `since` is a time, or text that `parse_since` reads. Raises `ConfigError` where there is no such trial or log.
     """
     path = _log_path(folder, trial, which)
@@ -110,7 +113,7 @@ def parse_since(text: str, now: datetime | None = None) -> datetime:
 
 def follow_lines(path: Path, ended: Callable[[], bool]) -> Iterator[str]:
     """Lines that are there, then those that come, until `ended` says so; what was written before that is still read."""
-    with closing(_Tail(path)) as tail:
+    with closing(_Ranks(path)) as tail:
         over = False
         while not over:
             over = ended()
@@ -120,7 +123,7 @@ def follow_lines(path: Path, ended: Callable[[], bool]) -> Iterator[str]:
 
 
 def _history(path: Path) -> Iterator[str]:
-    with closing(_Tail(path)) as tail:
+    with closing(_Ranks(path)) as tail:
         yield from tail.read(last=True)
 
 
@@ -185,6 +188,47 @@ class _Tail:
                     part.close()
                 found.setdefault(part.inode, known.get(part.inode, part))
         return list(reversed(found.values()))
+
+
+class _Ranks:
+    """A log and those beside it of an engine's further ranks (`engine-1.log`), as one, in the order of time.
+
+    Where there are several, each line says whose it is, after its stamp.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tails = {0: _Tail(path)}
+
+    def read(self, last: bool = False) -> Iterator[str]:
+        """The lines that are new."""
+        for number, path in _further_ranks(self._path):
+            if number not in self._tails:
+                self._tails[number] = _Tail(path)
+        if len(self._tails) == 1:
+            return self._tails[0].read(last)
+        parts = [_stamped(tail.read(last), f"rank {number} ") for number, tail in sorted(self._tails.items())]
+        return (line for _, line in heapq.merge(*parts, key=itemgetter(0)))
+
+    def close(self) -> None:
+        for tail in self._tails.values():
+            tail.close()
+
+
+def _further_ranks(path: Path) -> Iterator[tuple[int, Path]]:
+    name = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
+    for entry in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        if found := name.fullmatch(entry.name):
+            yield int(found[1]), entry
+
+
+def _stamped(lines: Iterator[str], who: str) -> Iterator[tuple[str, str]]:
+    """Each line with its stamp, or that of the line before it, and with `who` after its own."""
+    at = ""
+    for line in lines:
+        found = _STAMP.match(line)
+        at = found[0] if found else at
+        yield at, f"{at} {who}{line[len(at) :].lstrip()}" if found else f"{who}{line}"
 
 
 def _text(line: bytes) -> str:
