@@ -19,7 +19,7 @@ from raytune_autotuner.cli import main
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.tune.checks import check_study, quality_notes
-from tests.studies import merged, write_study
+from tests.studies import BASE, merged, write_study
 
 LOGS = Path(__file__).parent / "engine_logs"
 EXPECTED = {entry["file"]: entry for entry in yaml.safe_load((LOGS / "expected.yaml").read_text(encoding="utf-8"))}
@@ -224,9 +224,29 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": {"maximize": [], "minimize": "e2el_ms_p95@c8"}},
         "objective.minimize: e2el_ms_p95@c8: a p95 needs 59 requests",
     ),
+    "time between tokens of answers with one": (
+        {"objective": {"slo": {"tpot_ms": {"mean": 50}}}, "workload": {"traffic": "D(32,1)"}},
+        "objective.slo.tpot_ms.mean: rests on answers of two tokens or more and needs 1 at a load level, but c8 has 0",
+    ),
+    "percentile of too few answers with gaps": (
+        {"objective": {"maximize": [], "minimize": "itl_ms_p50@c8"}, "workload": {"traffic": "N(32,0)/(1,0)"}},
+        "objective.minimize: itl_ms_p50@c8: rests on answers of two tokens or more and needs 5 at a load level, but",
+    ),
+    "more in flight than there are": (
+        {"workload": {"concurrency": [4, 64]}},
+        "workload.concurrency: 64 requests are never in flight at once where a load has 16",
+    ),
+    "requests that do not fit": (
+        {"engine": {"args": {"max-model-len": 39}}, "workload": {"prefix": {"tokens": 8}, "traffic": "D(24,8)"}},
+        "engine.args.max-model-len: 39 tokens do not hold the longest request of the workload, 32 of prompt and 8 of",
+    ),
     "wrong direction": ({"objective": {"maximize": "ttft_ms_p90"}}, "lower is better; write minimize: ttft_ms_p90"),
     "unknown latency": ({"objective": {"slo": {"ttft": {"p90": 5}}}}, "no latency 'ttft'. Did you mean 'ttft_ms'?"),
     "unknown statistic": ({"objective": {"slo": {"ttft_ms": {"max": 5}}}}, "objective.slo.ttft_ms.max: there is no"),
+    "misspelt latency before what rests on it": (
+        {"objective": {"maximize": "goodput_rps", "slo": {"ttft": {"p90": 5}}}},
+        "no latency 'ttft'. Did you mean 'ttft_ms'?",
+    ),
     "SLO without a limit": ({"objective": {"slo": {"ttft_ms": {}}}}, "objective.slo.ttft_ms: has no limit"),
     "goodput without an SLO": (
         {"objective": {"maximize": "goodput_rps", "slo": {"itl_ms": {"p90": 5}}}},
@@ -278,6 +298,21 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
     assert told in refused(capsys, str(write_study(tmp_path, **changes)))
 
 
+@pytest.mark.parametrize(("arrivals", "rounds", "told"), [(20, 1, "20 x rounds 1 are 20"), (20, 2, None)])
+def test_a_percentile_of_a_short_trace_needs_more_rounds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arrivals: int, rounds: int, told: str | None
+) -> None:
+    (tmp_path / "trace").write_text('{"timestamp": 1, "input_length": 8, "output_length": 4}\n' * arrivals)
+    load = {"trace": str(tmp_path / "trace"), "rounds": rounds, "requests": 64}
+    study = {**BASE, "workload": load, "objective": {"minimize": "ttft_ms_p90"}}
+    (path := tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    if told is None:
+        check_study(load_study(path), tmp_path)
+    else:
+        assert told in (said := refused(capsys, str(path)))
+        assert "Raise workload.rounds to 2, or take a longer trace" in said
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -289,8 +324,9 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
         {"objective": {"minimize": "perplexity"}, "quality": {}},
         {
             "objective": {"maximize": "max_load_under_slo", "slo": {"ttft_ms": {"mean": 500}}},
-            "workload": {"concurrency": [8, 2, 32]},
+            "workload": {"concurrency": [8, 2, 16]},
         },
+        {"engine": {"args": {"max-model-len": 40}}, "workload": {"traffic": "D(32,8)"}},
     ],
 )
 def test_a_study_that_can_be_measured_is_not_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

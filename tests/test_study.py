@@ -167,6 +167,14 @@ HOSTILE: dict[str, str | bytes] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("limit", "right"),
+    [("{ttft_ms: 500}", "ttft_ms: {p90: 500}"), ("{tpot_ms_p99: 50.5}", "tpot_ms: {p99: 50.5}")],
+)
+def test_a_limit_without_its_statistic_is_told_where_to_stand(tmp_path: Path, limit: str, right: str) -> None:
+    assert f"write {right}." in refusal(tmp_path, yaml.safe_dump(MINIMAL), f"objective.slo={limit}")
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_yaml_is_refused_in_a_few_short_lines(tmp_path: Path, case: str) -> None:
     message = refusal(tmp_path, HOSTILE[case])

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.load.datasets import read_dataset, read_trace
-from raytune_autotuner.load.workload import Level, Request, check_traffic, generate, levels
+from raytune_autotuner.load.workload import Level, Request, check_traffic, generate, lengths, levels
 from raytune_autotuner.score.records import Phase
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Workload
@@ -92,7 +92,9 @@ def test_a_dataset_s_prompts_are_sent_as_they_stand(tmp_path: Path) -> None:
         {"prompt_token_ids": [1, 2, 3], "output_len": 6},
         {"prompt": "And π?", "max_tokens": 7},
     )
-    requests = generate(workload(dataset=path, requests=3, warmup_requests=0), C4)
+    asked = workload(dataset=path, requests=3, warmup_requests=0)
+    requests = generate(asked, C4)
+    assert sorted(lengths(asked, C4)) == [(0, 5), (0, 7), (3, 6)]
     assert sorted((request.tokens_out, request.prompt) for request in requests) == [
         (5, "What is Ω?"),
         (6, [1, 2, 3]),
@@ -152,6 +154,7 @@ def test_a_trace_is_one_load_level_with_its_own_arrivals(tmp_path: Path) -> None
     assert level == Level("trace", trace=True)
     requests = generate(asked, level)
     assert [(r.scheduled_s, len(ids(r)), r.tokens_out) for r in requests] == [(0, 70, 5), (0, 30, 4), (3.5005, 50, 1)]
+    assert lengths(asked, level) == [(70, 5), (30, 4), (50, 1)]
 
 
 def test_the_first_requests_of_a_trace_are_taken(tmp_path: Path) -> None:

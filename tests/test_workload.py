@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.load.workload import Lengths, Level, Traffic, generate, levels, parse_traffic
+from raytune_autotuner.load.workload import Lengths, Level, Traffic, generate, lengths, levels, parse_traffic
 from raytune_autotuner.score.records import Phase
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Workload
@@ -66,6 +66,12 @@ def test_both_ends_of_a_uniform_range_occur() -> None:
 def test_normal_lengths_are_at_least_one_token(mean: int, sd: int, seed: int) -> None:
     requests = generate(closed(traffic=f"N({mean},{sd})/({mean},{sd})", requests=30, seed=seed), C4)
     assert all(request.tokens_out >= 1 and len(request.prompt) >= 1 for request in requests)
+
+
+@pytest.mark.parametrize("traffic", ["D(40,3)", "N(40,20)/(8,5)", "U(10,90)/(1,9)"])
+def test_lengths_are_told_without_the_prompts(traffic: str) -> None:
+    workload = closed(traffic=traffic, prefix={"tokens": 7, "groups": 2}, requests=20)
+    assert lengths(workload, C4) == [(len(request.prompt), request.tokens_out) for request in generate(workload, C4)]
 
 
 def test_normal_lengths_have_their_mean_and_spread() -> None:

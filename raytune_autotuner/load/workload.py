@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from raytune_autotuner.load.datasets import read_dataset, read_trace
+from raytune_autotuner.load.datasets import Arrival, read_dataset, read_trace
 from raytune_autotuner.score.records import Phase
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Workload
@@ -176,6 +176,14 @@ def generate(
     ]
 
 
+def lengths(workload: Workload, level: Level) -> list[tuple[int, int]]:
+    """Tokens of prompt and answer of each request of a level's first round, without making the prompts.
+
+    The prompt of a dataset's line of text counts as 0 tokens: how many it has, the engine says.
+    """
+    return _Draw(workload, level, 0, "measure", 0, VOCAB_SIZE).lengths()
+
+
 class _Draw:
     """The numbers of one load, drawn from its seed."""
 
@@ -196,10 +204,21 @@ class _Draw:
             return self._traced()
         return self._drawn() if self._workload.dataset is None else self._sampled()
 
-    def _drawn(self) -> Iterable[tuple[Prompt, int, float]]:
+    def lengths(self) -> list[tuple[int, int]]:
+        """Tokens of prompt and answer of each request."""
+        if self._level.trace:
+            return [(arrival.tokens_in, arrival.tokens_out) for arrival in self._taken()]
+        if self._workload.dataset is not None:
+            return [(0 if isinstance(prompt, str) else len(prompt), out) for prompt, out, _ in self._sampled()]
+        prefix = self._workload.prefix.tokens if self._workload.prefix else 0
+        return [(prefix + own, out) for own, out in zip(*self._counts(), strict=True)]
+
+    def _counts(self) -> tuple[list[int], list[int]]:
         traffic = parse_traffic(self._workload.traffic)
-        tokens_in = traffic.tokens_in.draw(self._rng, self._count)
-        tokens_out = traffic.tokens_out.draw(self._rng, self._count)
+        return traffic.tokens_in.draw(self._rng, self._count), traffic.tokens_out.draw(self._rng, self._count)
+
+    def _drawn(self) -> Iterable[tuple[Prompt, int, float]]:
+        tokens_in, tokens_out = self._counts()
         arrivals = self._arrivals()
         prompts = [self._token_ids(self._rng, length) for length in tokens_in]
         return zip(self._prefixed(prompts), tokens_out, arrivals, strict=True)
@@ -217,9 +236,12 @@ class _Draw:
         ]
 
     def _traced(self) -> Iterable[tuple[Prompt, int, float]]:
-        assert self._workload.trace is not None
-        for arrival in read_trace(self._workload.trace, self._workload.requests)[: self._count]:
+        for arrival in self._taken():
             yield self._token_ids(self._rng, arrival.tokens_in), arrival.tokens_out, arrival.due_s
+
+    def _taken(self) -> Sequence[Arrival]:
+        assert self._workload.trace is not None
+        return read_trace(self._workload.trace, self._workload.requests)[: self._count]
 
     def _lines(self, count: int) -> list[int]:
         """The lines of a dataset that this phase takes: warm-up keeps some to itself where there are enough."""

@@ -40,6 +40,7 @@ _TRAFFIC = re.compile(
 )
 _ENGINES_OF_OURS = {"vllm", "simulated"}
 """Kinds that name no program."""
+_STATISTIC = re.compile(r"mean|p\d+")
 PLACEHOLDER = re.compile(r"\{([A-Za-z][\w.-]*)\}")
 """A name in braces in `engine.command`, in whose place a value goes."""
 ALWAYS_KNOWN = ("model", "host", "port", "python")
@@ -310,6 +311,18 @@ class ObjectiveSpec(_Model):
     attainment: Annotated[float, Field(gt=0, le=1, strict=True, json_schema_extra=_SHARE)] | None = None
     """The share of a level's requests that must meet every limit, each judged by itself. Default: the statistics of
     `slo` decide."""
+
+    @field_validator("slo", mode="before")
+    @classmethod
+    def _under_statistics(cls, value: Any) -> Any:
+        for name, limits in value.items() if isinstance(value, Mapping) else ():
+            if type(limits) in (int, float):
+                latency, _, statistic = f"{name:.40}".rpartition("_")
+                if not _STATISTIC.fullmatch(statistic):
+                    latency, statistic = f"{name:.40}", "p90"
+                right = f"{latency}: {{{statistic}: {limits:g}}}"
+                raise ConfigError(f"objective.slo: a limit stands under its statistic: write {right}.")
+        return value
 
     @model_validator(mode="after")
     def _some_metric(self) -> ObjectiveSpec:

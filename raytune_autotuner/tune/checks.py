@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from raytune_autotuner.load import vllm_bench
@@ -24,11 +24,11 @@ from raytune_autotuner.score.metrics import (
     STATISTICS,
     Metric,
     is_metric,
-    samples_needed,
 )
 from raytune_autotuner.score.slo import MAX_LOAD, loads
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.study import Study
+from raytune_autotuner.tune.load_checks import check_loads
 from raytune_autotuner.tune.samplers import MAX_GRID, grid_points, make_sampler
 from raytune_autotuner.tune.tell import in_order
 
@@ -62,13 +62,13 @@ def check_study(study: Study, results: Path | Store) -> None:
 
 def check_measurement(study: Study, results: Path | Store) -> None:
     """Raise `ConfigError` where no setting could be measured and judged, or nothing can be written to `results`."""
+    _check_slo(study)
     for name, direction in study.objective.targets:
         where = f"objective.{direction}"
         _check_measured(study, where, name, _known_metric(study, where, name, direction))
-    _check_slo(study)
     _check_attainment(study)
-    _check_samples(study)
     check_traffic(study.workload)
+    check_loads(study)
     _check_dialect(study)
     if study.workload.client == "vllm-bench" and study.ray.address is None:
         vllm_bench.require(str(study.engine.python or sys.executable))
@@ -204,29 +204,6 @@ def _check_attainment(study: Study) -> None:
             f"objective.slo.{pooled[0]}: objective.attainment judges requests one by one, and a request has no "
             f"{pooled[0]}.\nLimit one of {', '.join(REQUEST_LATENCIES)}, or leave attainment out."
         )
-
-
-def _check_samples(study: Study) -> None:
-    """Raise `ConfigError` where a percentile has fewer requests than 95 % confidence needs, all of them completed."""
-    load = study.workload
-    for key, name in _percentiles(study):
-        needed = samples_needed(name)
-        if load.requests * load.rounds < needed:
-            raise ConfigError(
-                f"{key}: a {name.rpartition('_')[2]} needs {needed} requests at a load level (95 % confidence), but "
-                f"requests {load.requests} x rounds {load.rounds} are {load.requests * load.rounds}.\n"
-                f"Raise workload.requests to {-(-needed // load.rounds)} or workload.rounds to "
-                f"{-(-needed // load.requests)}, with some to spare for requests that fail."
-            )
-
-
-def _percentiles(study: Study) -> Iterator[tuple[str, str]]:
-    """Each metric that the study rests on, with its key; those to check are percentiles."""
-    objective = study.objective
-    yield from ((f"objective.{direction}: {name}", name.partition("@")[0]) for name, direction in objective.targets)
-    if objective.attainment is None:
-        for latency, limits in objective.slo.items():
-            yield from ((f"objective.slo.{latency}.{stat}", f"{latency}_{stat}") for stat in limits)
 
 
 def _check_dialect(study: Study) -> None:
