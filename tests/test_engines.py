@@ -270,6 +270,18 @@ def test_a_server_that_runs_is_measured_and_left_as_it_is(
     assert "takes no parameters" in capsys.readouterr().err
 
 
+def test_a_server_that_runs_on_beyond_the_deadline_fails_at_the_load_with_its_share(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = {"kind": "running", "base_url": server.base_url}
+    load = {"traffic": "D(8,1000)", "requests": 500, "warmup_requests": 0}
+    study = write_study(tmp_path, engine=engine, search_space={}, workload=load, trial={"timeout_s": 2})
+    assert main(["bench", str(study), "--results", str(tmp_path / "results")]) == 1
+    assert "at load: deadline" in capsys.readouterr().out
+    (records,) = (tmp_path / "results").glob("*/trials/*/requests.parquet")
+    assert list(pd.read_parquet(records)["error"]).count("deadline") == 8
+
+
 def test_a_study_of_a_server_that_runs_is_refused_and_so_is_a_server_that_is_not_there(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,9 @@ def test_what_cannot_be_computed_is_absent() -> None:
     one_chunk = summarize([record([0.5], tokens_out=8)], 1.0, SLO)
     assert not [name for name in one_chunk if name.startswith(("tpot_ms", "itl_ms"))]
     assert "goodput_rps" not in one_token
+    uncounted = summarize([record([0.5, 0.6]), dataclasses.replace(record([0.5]), tokens_in=None)], 1.0)
+    assert uncounted["output_throughput_tok_s"] == 3
+    assert not {"tokens_in", "input_throughput_tok_s", "total_throughput_tok_s"} & uncounted.keys()
     assert "slo_attainment" not in summarize([record([0.5])], 1.0, {"itl_ms": {"p90": 1.0}})
 
 

@@ -121,15 +121,14 @@ class RunningServer:
     def wait_ready(self, probe: Callable[[], bool] | None = None) -> None:
         """Wait until `probe` is true; raises `TrialFailed` at the deadline."""
         while probe is not None and not probe():
-            self.check()
+            if time.monotonic() >= self._deadline:
+                evidence = f"timed out after {self._timeout_s:g} seconds"
+                remedy = "See whether the server answers at all; else raise trial.timeout_s."
+                raise TrialFailed(Failure(Stage.READY, Kind.DEADLINE, Blame.PARAMETERS, evidence, remedy))
             time.sleep(_POLL_S)
 
     def check(self) -> None:
-        """Raise `TrialFailed` where the time is up. Whether it lives, its answers tell."""
-        if time.monotonic() >= self._deadline:
-            evidence = f"timed out after {self._timeout_s:g} seconds"
-            remedy = "See whether the server answers at all; else raise trial.timeout_s."
-            raise TrialFailed(Failure(Stage.READY, Kind.DEADLINE, Blame.PARAMETERS, evidence, remedy))
+        """Whether it lives, its answers tell."""
 
     def stop(self, grace_s: float | None = None) -> None:
         """It goes on."""

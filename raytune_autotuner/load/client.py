@@ -20,12 +20,11 @@ from typing import Any, ParamSpec, TypeVar
 from raytune_autotuner.load.connection import Pool
 from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.stream import BadAnswer, TokenStream, short
-from raytune_autotuner.load.trouble import Clocks, Trouble, find_trouble
+from raytune_autotuner.load.trouble import LOOK_S, Clocks, Trouble, find_trouble
 from raytune_autotuner.load.workload import Level, Request
 from raytune_autotuner.score.records import RequestRecord
 
 PLAIN = Dialect()
-_PULSE_S = 0.05
 _BEATS_A_LOOK = 10
 
 OnProgress = Callable[[int, int, int], None]
@@ -274,7 +273,7 @@ class _Pulse:
         """Beat until cancelled; raises what `look` raises."""
         now = time.monotonic()
         for beat in count(1):
-            due = now + _PULSE_S
+            due = now + LOOK_S
             await asyncio.sleep(due - time.monotonic())
             now = time.monotonic()
             self.lags_ms.append(max(now - due, 0.0) * 1e3)

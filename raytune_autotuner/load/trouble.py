@@ -24,6 +24,12 @@ MIN_LAG_MS = 10.0
 """What the scheduler of a machine does by itself that is busy, but not too busy (measured: docs/measuring.md)."""
 MIN_LOOKS = 20
 """A second of load; fewer looks say nothing about one in ten."""
+LOOK_S = 0.05
+"""How often a client asks how late it looks."""
+MAX_AWAY_SHARE = 0.05
+"""Of a load's time. While a client is stopped the engine waits for requests, and the throughput falls by as much."""
+MIN_AWAY_S = 0.5
+"""So that the hiccups of a busy machine do not spoil a load of a second or two."""
 MAX_CLOCK_JUMP_S = 0.5
 """Above what two clocks read one after the other can differ by, and below any suspension worth the name."""
 _READINGS = 5
@@ -81,15 +87,29 @@ def _of_lag(records: Sequence[RequestRecord], lags_ms: Sequence[float]) -> Troub
         return None
     gaps_ms = [gap for record in records if record.ok for gap in record.itl_ms]
     limit_ms = max(MIN_LAG_MS, MAX_LAG_SHARE * float(np.median(gaps_ms or [0.0])))
-    lag_ms = float(np.percentile(lags_ms, 90))
-    if lag_ms <= limit_ms:
+    lags = np.asarray(lags_ms)
+    if not (said := _often_late(lags, limit_ms) or _long_away(lags, limit_ms)):
         return None
     return Trouble(
         Kind.CLIENT_LIMITED,
-        f"the load client looked at its sockets late: one in ten by {lag_ms:.0f} ms or more (limit {limit_ms:.0f} ms)",
+        f"the load client looked at its sockets late: {said}",
         "See what else runs on the machine, or leave the client a core.",
         Blame.ENVIRONMENT,
     )
+
+
+def _often_late(lags_ms: np.ndarray, limit_ms: float) -> str:
+    lag_ms = float(np.percentile(lags_ms, 90))
+    return f"one in ten by {lag_ms:.0f} ms or more (limit {limit_ms:.0f} ms)" if lag_ms > limit_ms else ""
+
+
+def _long_away(lags_ms: np.ndarray, limit_ms: float) -> str:
+    """What few but long lags come to."""
+    away_s = float(np.maximum(lags_ms - limit_ms, 0.0).sum()) / 1e3
+    share = away_s / (len(lags_ms) * LOOK_S + float(lags_ms.sum()) / 1e3)
+    if away_s <= MIN_AWAY_S or share <= MAX_AWAY_SHARE:
+        return ""
+    return f"it did not look for {away_s:.1f} s in all, {share:.0%} of the load (limit {MAX_AWAY_SHARE:.0%})"
 
 
 def _of_cpu(share: float) -> Trouble:

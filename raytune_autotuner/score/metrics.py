@@ -202,15 +202,19 @@ def _completed(records: Sequence[RequestRecord]) -> list[RequestRecord]:
 
 
 def _throughput(completed: Sequence[RequestRecord], duration_s: float) -> dict[str, float]:
-    tokens_in = sum(record.tokens_in or 0 for record in completed)
     tokens_out = sum(record.tokens_out or 0 for record in completed)
-    return {
+    told = [record.tokens_in for record in completed if record.tokens_in is not None]
+    metrics = {
         "output_throughput_tok_s": tokens_out / duration_s,
-        "input_throughput_tok_s": tokens_in / duration_s,
-        "total_throughput_tok_s": (tokens_in + tokens_out) / duration_s,
         "request_throughput_rps": len(completed) / duration_s,
-        "tokens_in": float(tokens_in),
         "tokens_out": float(tokens_out),
+    }
+    if len(told) < len(completed):  # a server that does not count prompts
+        return metrics
+    return metrics | {
+        "input_throughput_tok_s": sum(told) / duration_s,
+        "total_throughput_tok_s": (sum(told) + tokens_out) / duration_s,
+        "tokens_in": float(sum(told)),
     }
 
 
