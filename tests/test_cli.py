@@ -110,6 +110,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a trace with a load level": ({"workload": {"trace": "a.jsonl", "traffic": "D(128,32)"}}, "own arrival times"),
     "two loops": ({"workload": {"request_rate_rps": 3}}, "exactly one of concurrency and request_rate_rps is needed"),
+    "processes of another client": (
+        {"workload": {"client": "vllm-bench", "client_processes": 2}},
+        "workload.client_processes: is for workload.client builtin, but that is vllm-bench; leave one out",
+    ),
     "low above high": ({"search_space": {"max-num-seqs": {"int": [9, 3]}}}, "`low <= high` must hold, but got (low=9"),
     "no distribution": ({"search_space": {"max-num-seqs": 5}}, "search_space.max-num-seqs: 5 is not a distribution"),
     "log from 0": ({"search_space": {"max-num-seqs": {"int": [0, 3], "log": True}}}, "a log range needs `low > 0`"),

@@ -1,7 +1,8 @@
 """Load on a running server: requests in, one record per request out, failed ones included.
 
 `run` (or `measure`, its blocking form) sends requests to an OpenAI-compatible server and takes down when each token
-arrived. It knows a base URL and a model name; nothing of engines, parameters, metrics or scores.
+arrived. It knows a base URL and a model name; nothing of engines, parameters, metrics or scores. It is one process;
+`spread` has several of them send one load.
 
 The client watches itself: `LoadRun.trouble` says why a load is no measurement, though all of its requests may have been
 answered: the client had no time for its sockets, or the clock jumped.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import count
@@ -46,11 +47,13 @@ class LoadRun:
     started_at: float
     """When the records' clock started, in seconds since the epoch."""
     client_cpu_share: float
-    """CPU seconds of the client per second of load."""
+    """CPU seconds of the client per second of load; of several processes, those of the busiest."""
     loop_lags_ms: tuple[float, ...] = field(default=(), repr=False)
     """How late the client looked at its sockets, asked every 50 ms; empty where the client does not tell."""
     clock_jump_s: float = 0.0
     """How much further the wall clock went than the monotonic one, from the load's start to its end."""
+    processes: int = 1
+    """How many client processes sent it."""
 
     @property
     def duration_s(self) -> float:
@@ -60,7 +63,7 @@ class LoadRun:
     @property
     def trouble(self) -> Trouble | None:
         """Why this load says little about the engine, or None."""
-        return find_trouble(self.records, self.client_cpu_share, self.loop_lags_ms, self.clock_jump_s)
+        return find_trouble(self.records, self.client_cpu_share, self.loop_lags_ms, self.clock_jump_s, self.processes)
 
 
 async def run(
@@ -82,13 +85,8 @@ async def run(
     `check` and `on_progress` are called twice a second, between arrivals, so they must be quick; what `check` raises
     aborts the load and is raised here. The records made until then are also in `keep`, in the order of their ends.
     """
-    pool = Pool(base_url)
-    prepared = [(request, pool.request(dialect.path, dialect.body(model, request))) for request in requests]
-    load = _Load(pool, level, request_timeout_s, [] if keep is None else keep, dialect.exact)
-    try:
-        return await load.run(prepared, deadline, on_progress, check)
-    finally:
-        await pool.close()
+    load = Load(base_url, model, requests, level, request_timeout_s, keep, dialect)
+    return await load.run(deadline, on_progress, check)
 
 
 def blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
@@ -114,49 +112,70 @@ async def _completion_error(base_url: str, model: str, timeout_s: float, dialect
 completion_error = blocking(_completion_error)
 
 
-class _Load:
-    """One load while it runs."""
+class Load:
+    """One load, its requests made and not yet sent; `run` sends them, once."""
 
     def __init__(
-        self, pool: Pool, level: Level, timeout_s: float | None, keep: list[RequestRecord], exact: bool
+        self,
+        base_url: str,
+        model: str,
+        requests: Sequence[Request],
+        level: Level,
+        request_timeout_s: float | None = None,
+        keep: list[RequestRecord] | None = None,
+        dialect: Dialect = PLAIN,
     ) -> None:
-        self._pool = pool
+        self._pool = Pool(base_url)
+        self._pairs = [
+            (request, self._pool.request(dialect.path, dialect.body(model, request))) for request in requests
+        ]
         self._level = level
-        self._timeout_s = timeout_s
-        self._keep = keep
-        self._exact = exact
+        self._timeout_s = request_timeout_s
+        self._keep = [] if keep is None else keep
+        self._exact = dialect.exact
         self._records: list[RequestRecord] = []
         self._failed = 0
         self._ended_by = "aborted"
-        self._start = time.monotonic()
+        self._start = 0.0
 
     async def run(
         self,
-        pairs: Sequence[tuple[Request, bytes]],
         deadline: float,
-        on_progress: OnProgress | None,
-        check: Callable[[], None] | None,
+        on_progress: OnProgress | None = None,
+        check: Callable[[], None] | None = None,
+        *,
+        start: float | None = None,
+        turns: Iterable[int] | None = None,
     ) -> LoadRun:
-        """Send everything; see the module's `run`."""
+        """Send everything; see the module's `run`.
+
+        The load begins at `start` on `time.monotonic()`'s clock, or at once. In closed loop `turns` says which request
+        is the next, as a place among the requests; it is asked whenever there is room for one.
+        """
 
         def look() -> None:
             if on_progress:
-                on_progress(len(self._records), len(pairs), self._failed)
+                on_progress(len(self._records), len(self._pairs), self._failed)
             if check:
                 check()
 
+        if start is not None:
+            await asyncio.sleep(max(start - time.monotonic(), 0.0))
         pulse = _Pulse(look)
-        clocks, cpu_s = Clocks.now(), time.process_time()
-        self._start = time.monotonic()
-        complete = time.monotonic() < deadline and await self._drive(self._sender(pairs), pulse, deadline)
-        cpu_s, wall_s = time.process_time() - cpu_s, time.monotonic() - self._start
+        clocks, cpu_s, begun = Clocks.now(), time.process_time(), time.monotonic()
+        self._start = begun if start is None else start
+        try:
+            complete = begun < deadline and await self._drive(self._sender(turns), pulse, deadline)
+            cpu_s, wall_s = time.process_time() - cpu_s, time.monotonic() - begun
+        finally:
+            await self._pool.close()
         if on_progress:
-            on_progress(len(self._records), len(pairs), self._failed)
+            on_progress(len(self._records), len(self._pairs), self._failed)
         return LoadRun(
             tuple(sorted(self._records, key=lambda record: record.index)),
-            len(pairs),
+            len(self._pairs),
             complete,
-            clocks.wall_s,
+            clocks.wall_s + self._start - clocks.monotonic_s,
             cpu_s / wall_s,
             tuple(pulse.lags_ms),
             clocks.jump_s(Clocks.now()),
@@ -178,23 +197,23 @@ class _Load:
                 raise error
         return complete
 
-    def _sender(self, pairs: Sequence[tuple[Request, bytes]]) -> Coroutine[Any, Any, None]:
-        return self._open_loop(pairs) if self._level.open_loop else self._closed_loop(pairs)
+    def _sender(self, turns: Iterable[int] | None) -> Coroutine[Any, Any, None]:
+        if self._level.open_loop:
+            return self._open_loop()
+        return self._closed_loop(iter(range(len(self._pairs)) if turns is None else turns))
 
-    async def _closed_loop(self, pairs: Sequence[tuple[Request, bytes]]) -> None:
-        queue = iter(pairs)
-
+    async def _closed_loop(self, turns: Iterator[int]) -> None:
         async def send_in_turn() -> None:
-            for request, data in queue:
-                await self._send(request, data)
+            for place in turns:
+                await self._send(*self._pairs[place])
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._level.concurrency or 1, len(pairs))):
+            for _ in range(min(self._level.concurrency or 1, len(self._pairs))):
                 group.create_task(send_in_turn())
 
-    async def _open_loop(self, pairs: Sequence[tuple[Request, bytes]]) -> None:
+    async def _open_loop(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for request, data in pairs:
+            for request, data in self._pairs:
                 if (early_s := request.scheduled_s - self._now()) > 0:
                     await asyncio.sleep(early_s)
                 group.create_task(self._send(request, data, request.scheduled_s))

@@ -5,6 +5,7 @@ In: what a client knows of itself. Out: a `Trouble`, or None. Pure, but for `Clo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,13 +73,17 @@ class Clocks:
 
 
 def find_trouble(
-    records: Sequence[RequestRecord], cpu_share: float, lags_ms: Sequence[float], clock_jump_s: float
+    records: Sequence[RequestRecord],
+    cpu_share: float,
+    lags_ms: Sequence[float],
+    clock_jump_s: float,
+    processes: int = 1,
 ) -> Trouble | None:
     """What spoils the load, the worst first; None where nothing does."""
     if abs(clock_jump_s) > MAX_CLOCK_JUMP_S:
         return _of_clock(clock_jump_s)
     if cpu_share > MAX_CPU_SHARE:
-        return _of_cpu(cpu_share)
+        return _of_cpu(cpu_share, processes)
     return _of_lag(records, lags_ms)
 
 
@@ -112,13 +117,25 @@ def _long_away(lags_ms: np.ndarray, limit_ms: float) -> str:
     return f"it did not look for {away_s:.1f} s in all, {share:.0%} of the load (limit {MAX_AWAY_SHARE:.0%})"
 
 
-def _of_cpu(share: float) -> Trouble:
+def _of_cpu(share: float, processes: int) -> Trouble:
+    who = "the load client" if processes == 1 else f"the busiest of {processes} load clients"
     return Trouble(
         Kind.CLIENT_LIMITED,
-        f"the load client used {share:.0%} of a core",
-        "Lower the load, or leave the client more CPU.",
+        f"{who} used {share:.0%} of a core",
+        "Give the client more processes (workload.client_processes) or more CPU, or lower the load.",
         Blame.STUDY,
     )
+
+
+def processes_wanted(cpu_share: float, processes: int) -> int:
+    """How many client processes a load wants, of whose `processes` the busiest used `cpu_share` of a core.
+
+    Where they are too busy, so many that half of what each may use would do: a busy client hides how much more there
+    was to be read.
+    """
+    if cpu_share <= MAX_CPU_SHARE:
+        return processes
+    return math.ceil(2 * processes * cpu_share / MAX_CPU_SHARE)
 
 
 def _of_clock(jump_s: float) -> Trouble:

@@ -244,6 +244,9 @@ class Workload(_Model):
     prefix: PrefixSpec | None = None
     client: Literal["builtin", "vllm-bench"] = "builtin"
     """Who sends the load: the autotuner's own client, or vLLM's `bench serve`."""
+    client_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1000, strict=True)] = "auto"
+    """Processes among which `builtin` divides a load. `auto`: one, and more in a trial whose load leaves that no CPU;
+    see [measuring.md](measuring.md#more-than-one-process)."""
     concurrency: Annotated[tuple[Positive, ...], BeforeValidator(_as_list), _one_or_list(_COUNT)] = ()
     """Closed loop: requests in flight. Each number is a load level, named `c16`."""
     request_rate_rps: Annotated[tuple[PositiveNumber, ...], BeforeValidator(_as_list), _one_or_list(_NUMBER)] = ()
@@ -286,6 +289,14 @@ class Workload(_Model):
             given = [name for name in given if name != "traffic" or self.traffic != Workload.model_fields[name].default]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_bench_serve(self) -> Workload:
+        if self.client != "builtin" and self.client_processes not in ("auto", 1):
+            raise ConfigError(
+                f"workload.client_processes: is for workload.client builtin, but that is {self.client}; leave one out."
+            )
         return self
 
     @model_validator(mode="after")

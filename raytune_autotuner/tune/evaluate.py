@@ -6,6 +6,7 @@ Knows neither Ray nor Optuna: a trial can be run and debugged by hand. Everythin
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import sys
@@ -28,11 +29,12 @@ from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_p
 from raytune_autotuner.engine.running import RunningServer
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.engine.spanning import Follower, SpanningServer
-from raytune_autotuner.load import client, quality, vllm_bench
+from raytune_autotuner.load import client, quality, spread, vllm_bench
 from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
+from raytune_autotuner.load.trouble import processes_wanted
 from raytune_autotuner.load.workload import Level, generate, levels
 from raytune_autotuner.report.course import REQUESTS, SAMPLES
 from raytune_autotuner.report.logs import LogWriter
@@ -60,6 +62,8 @@ PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
 DYING_S = 3.0
 MAX_BISECTIONS = 5
+MIN_WARMUP_S = 1.0
+"""A shorter warm-up says nothing of the client's share of CPU: that is the one of opening connections."""
 CLOSE_ENOUGH = 1.05
 """Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
 _FINAL = r"HTTP 4(?!08|25|29)\d\d|answer cut short: no usage"
@@ -118,6 +122,8 @@ class Evaluation:
         self._answers: tuple[str, ...] = ()
         self._refined: float | None = None
         self._bench: vllm_bench.BenchServe | None = None
+        asked = self.study.workload.client_processes
+        self._processes = 1 if asked == "auto" else asked
         self._dialect = Dialect.of(self.study.engine)
         self.values: dict[str, list[float]] = defaultdict(list)
         failure = None
@@ -146,12 +152,18 @@ class Evaluation:
         self._require_files()
         with self._place() as server, ExitStack() as self._until_the_end:
             try:
+                self._clients = self._until_the_end.enter_context(spread.Clients())
                 server.start()
                 self._await_ready(server)
+                self._clients.start(self._processes)
                 self._ask_quality(server)
                 self._warm_up(server)
                 yield from self._loads(server)
                 self.on_measured()
+            except spread.ClientLost as error:
+                self._await_death(server)  # what ended it may have ended the engine too
+                remedy = "See what ended it: the kernel's log, where memory ran out."
+                self._fail(Kind.UNKNOWN, str(error), remedy, Blame.ENVIRONMENT)
             finally:
                 self._until_the_end.close()
                 with self._timed("stop"):
@@ -297,12 +309,8 @@ class Evaluation:
     def _round(self, server: Server, level: Level, number: int, done: int, of: int) -> Metrics:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
         with self._timed("load"):
-            self._reset_prefix_cache(server)
-            energy = EnergyMeter(() if self.followers else self.gpus)  # those elsewhere are not seen
-            with EngineWatch(server.base_url) as watch:
-                self._durations[level.label] += self._send(server, level, number, "measure", done, of)
-            self._joules[level.label].append(energy.joules)
-        self._watched[level.label, number] = watch.series
+            while not self._load(server, level, number, done, of):
+                pass
         self._note_value(level, number)
         metrics = self._metrics()
         name, rounds = self.study.objective.metric.partition("@")[0], self.study.workload.rounds
@@ -311,6 +319,19 @@ class Evaluation:
         self._log.write(self.stage, f"{level.label} round {number + 1} of {rounds}{said}")
         return metrics
 
+    def _load(self, server: Server, level: Level, number: int, done: int, of: int) -> bool:
+        """Send it; returns whether it counts. Else it is to be sent once more, by more client processes."""
+        self._reset_prefix_cache(server)
+        energy = EnergyMeter(() if self.followers else self.gpus)  # those elsewhere are not seen
+        with EngineWatch(server.base_url) as watch:
+            duration_s = self._send(server, level, number, "measure", done, of)
+        if duration_s is None:
+            return False
+        self._durations[level.label] += duration_s
+        self._joules[level.label].append(energy.joules)
+        self._watched[level.label, number] = watch.series
+        return True
+
     def _note_value(self, level: Level, number: int) -> None:
         """Keep the objective's value of this load by itself; a load alone may have none."""
         sent = [r for r in self._records if (r.phase, r.level, r.round) == ("measure", level.label, number)]
@@ -318,8 +339,11 @@ class Evaluation:
         if value is not None:
             self.values[level.label].append(value)
 
-    def _send(self, server: Server, level: Level, number: int, phase: Phase, done: int, of: int) -> float:
-        """Send one load and keep its records; returns its seconds. `done` of `of` loads lie behind it."""
+    def _send(self, server: Server, level: Level, number: int, phase: Phase, done: int, of: int) -> float | None:
+        """Send one load and keep its records; returns its seconds. `done` of `of` loads lie behind it.
+
+        None where it is to be sent once more, by more client processes: then no record is kept.
+        """
         offset = 0 if self.restart is None else self.restart + 1
         requests = generate(self.study.workload, level, number, phase, seed_offset=offset)
         stage = Stage.WARMUP if phase == "warmup" else Stage.LOAD
@@ -352,13 +376,42 @@ class Evaluation:
         finally:
             self._records.extend(kept)
         server.check()
+        self._load_log.write(
+            stage,
+            f"{level.label} round {number}: client processes: {load.processes}; "
+            f"the busiest used {load.client_cpu_share:.0%} of a core",
+        )
         self._judge(load, server)
+        if phase == "warmup":
+            if load.duration_s >= MIN_WARMUP_S:
+                self._takes_more_clients(load, level)
+            return load.duration_s
+        if self._takes_more_clients(load, level):
+            del self._records[-len(kept) :]
+            return None
+        if load.trouble is not None:
+            self._fail(load.trouble.kind, load.trouble.evidence, load.trouble.remedy, load.trouble.blame)
         return load.duration_s
+
+    def _takes_more_clients(self, load: client.LoadRun, level: Level) -> bool:
+        """Whether a load had too few client processes and can have more, which are there for all loads from now on."""
+        workload = self.study.workload
+        if workload.client != "builtin" or workload.client_processes != "auto":
+            return False
+        possible = min(len(os.sched_getaffinity(0)), spread.most_processes(level, load.requests))
+        processes = min(processes_wanted(load.client_cpu_share, load.processes), possible)
+        if processes <= load.processes:
+            return False
+        self._processes = max(self._processes, processes)
+        said = f"{load.client_cpu_share:.0%} of a core: from now on {self._processes} client processes"
+        self._log.write(self.stage, f"{level.label}: the busiest client process used {said}")
+        self._clients.start(self._processes)
+        return True
 
     def _client(self, phase: Phase) -> Callable[..., client.LoadRun]:
         """Who sends a load; a warm-up is always the built-in client's, since the other takes 15 s to import."""
         if phase == "warmup" or self.study.workload.client == "builtin":
-            return partial(client.measure, dialect=self._dialect)
+            return partial(self._clients.measure, processes=self._processes, dialect=self._dialect)
         if self._bench is None:
             python = str(self.study.engine.python or sys.executable)
             mark = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id)}
@@ -366,7 +419,7 @@ class Evaluation:
         return self._bench.measure
 
     def _judge(self, load: client.LoadRun, server: Server) -> None:
-        """Raise `TrialFailed` where a load cannot count as a measurement."""
+        """Raise `TrialFailed` where a load was not answered as it should be."""
         failed = [record.error for record in load.records if record.error]
         share = len(failed) / max(len(load.records), 1)
         if not load.complete:
@@ -378,8 +431,6 @@ class Evaluation:
                 f"{len(failed)} of {len(load.records)} requests failed, the first with: {failed[0]}",
                 "See load.log and engine.log; if so many failures are acceptable, raise trial.max_failed_share.",
             )
-        if load.trouble is not None and self.stage is Stage.LOAD:
-            self._fail(load.trouble.kind, load.trouble.evidence, load.trouble.remedy, load.trouble.blame)
 
     def _out_of_time(self) -> NoReturn:
         self._fail(
