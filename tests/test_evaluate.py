@@ -14,10 +14,10 @@ from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.load.parquet import read_records
 from raytune_autotuner.load.workload import Level
 from raytune_autotuner.report.course import SAMPLES
-from raytune_autotuner.score.metrics import ENGINE_METRICS, summarize
-from raytune_autotuner.score.objective import trial_metrics
+from raytune_autotuner.score.metrics import ENGINE_METRICS
+from raytune_autotuner.score.objective import metrics_of_requests
 from raytune_autotuner.score.quality import Quality
-from raytune_autotuner.score.records import duration_s, measured
+from raytune_autotuner.score.records import measured
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.trial import TrialResult
@@ -169,8 +169,7 @@ def test_every_figure_of_the_load_comes_again_from_the_requests_that_were_kept(t
     played = play(tmp_path, changes)
     study = parse_study(merged(BASE, changes))
     levels = measured(read_records(played.folder / "requests.parquet"))
-    again = {label: summarize(records, duration_s(records)) for label, records in levels.items()}
-    metrics = trial_metrics(study, again)
+    metrics = metrics_of_requests(study, levels, played.result.paid_for)
     engines_own = {name for name in played.result.metrics if name.partition("@")[0] in ENGINE_METRICS}
     assert metrics.keys() == played.result.metrics.keys() - engines_own
     assert metrics == pytest.approx({name: played.result.metrics[name] for name in metrics})

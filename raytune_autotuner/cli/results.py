@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +63,15 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from raytune_autotuner.report.html.evidence import gather
     from raytune_autotuner.report.html.page import write_report
     from raytune_autotuner.report.runs import bring_back, open_run
 
     folder = open_run(arguments.results)
-    print(bring_back(folder, write_report(folder)))
+    evidence = gather(folder)
+    print(bring_back(folder, write_report(folder, evidence)))
+    for note in evidence.notes:
+        print(note, file=sys.stderr)
     return OK
 
 

@@ -128,6 +128,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
 def _table(path: Path, columns: list[str]) -> pa.Table | None:
     """These columns of a Parquet file; None where there is no such file, or a broken one."""
     try:
-        return pq.read_table(path, columns=columns)
+        table = pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowInvalid):
         return None
+    return table if table.num_columns == len(columns) else None

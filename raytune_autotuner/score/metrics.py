@@ -112,12 +112,18 @@ ENGINE_METRICS = (
     "prefix_cache_hit_rate",
 )
 """What the engine tells of itself, where it does. They explain a result, and are no objectives."""
+_NOT_OF_REQUESTS = {*AGAINST_BASELINE, *ENGINE_METRICS, "perplexity", "energy_j_per_token"}
 
 
 def is_metric(name: str, levels: Collection[str] = ()) -> bool:
     """Whether `name` is in `METRICS`, alone or at one of the load `levels`: `ttft_ms_p90@c16`."""
     base, at, level = name.partition("@")
     return base in METRICS and (not at or (level in levels and METRICS[base].across != "none"))
+
+
+def told_by_requests(name: str) -> bool:
+    """Whether the metric can be computed from the records of requests, at whatever load level."""
+    return name.partition("@")[0] not in _NOT_OF_REQUESTS
 
 
 def samples_needed(name: str) -> int:

@@ -13,12 +13,13 @@ Within a layer of measured trials the scores decide, each in its metric's own un
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.grades import penalty, progress_violation
-from raytune_autotuner.score.metrics import combine, cost_metrics, samples_needed
+from raytune_autotuner.score.metrics import combine, cost_metrics, samples_needed, summarize
+from raytune_autotuner.score.records import RequestRecord, duration_s
 from raytune_autotuner.score.slo import constraint_value, max_load_under_slo, measured
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.study import Direction, Study
@@ -60,6 +61,21 @@ def trial_metrics(study: Study, levels: Mapping[str, Mapping[str, float]], gpus:
     if study.objective.slo and len(loads) > 1:
         metrics[slo.MAX_LOAD] = max_load_under_slo(levels, loads, study.objective)
     return metrics
+
+
+def metrics_of_requests(
+    study: Study, requests: Mapping[str, Sequence[RequestRecord]], paid_for: float | None
+) -> dict[str, float]:
+    """A trial's metrics from its requests by load level, as far as requests tell them.
+
+    Levels that the study does not name were tried between two others, to find the highest load. Raises `EmptySample`
+    where at one of the levels no request was completed.
+    """
+    of = {label: summarize(found, duration_s(found), study.objective.slo) for label, found in requests.items()}
+    asked = {label: level for label, level in of.items() if label in slo.loads(study.workload) or study.workload.trace}
+    metrics = trial_metrics(study, asked, paid_for or 0.0)
+    between = [float(label[1:]) for label in of.keys() - asked if slo.meets(of[label], study.objective)]
+    return metrics | ({slo.MAX_LOAD: max(metrics[slo.MAX_LOAD], *between)} if between else {})
 
 
 def violation(study: Study, metrics: Mapping[str, float]) -> float:

@@ -57,6 +57,8 @@ class TrialResult:
     """Host name of the machine that it ran on."""
     hardware: str = ""
     """What that machine is, as far as figures depend on it."""
+    paid_for: float | None = None
+    """GPUs that it held, or machines where it held none: what has a price; None in results of earlier versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -67,6 +69,7 @@ class TrialResult:
             **({"answers": list(self.answers)} if self.answers else {}),
             "node": self.node,
             "hardware": self.hardware,
+            **({} if self.paid_for is None else {"paid_for": self.paid_for}),
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class TrialResult:
             answers=tuple(str(answer) for answer in values.get("answers", ())),
             node=str(values.get("node", "")),
             hardware=str(values.get("hardware", "")),
+            paid_for=values.get("paid_for"),
         )
 
 

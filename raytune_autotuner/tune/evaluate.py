@@ -143,7 +143,7 @@ class Evaluation:
         metrics = self._metrics() if failure is None else self._quality
         self.seconds["total"] = time.monotonic() - begun
         machines = [hardware(self.gpus), *(follower.hardware for follower in self.followers)]
-        place = (socket.gethostname(), together(machines))
+        place = (socket.gethostname(), together(machines), self._paid_for)
         result = TrialResult(metrics, failure, self.seconds, self._answers, *place)
         self._keep(result, str(failure or f"measured in {self.seconds['total']:.1f} s"))
         return result
@@ -462,10 +462,14 @@ class Evaluation:
         """What all loads so far come to, the samples of all rounds pooled."""
         asked = [level.label for level in levels(self.study.workload)]
         of_levels = {label: self._level_metrics(label) for label in asked if label in self._durations}
-        metrics = trial_metrics(self.study, of_levels, float(max(len(self.gpus), 1) * self._nodes))
+        metrics = trial_metrics(self.study, of_levels, self._paid_for)
         if self._refined is not None:
             metrics[slo.MAX_LOAD] = self._refined
         return metrics | self._quality
+
+    @property
+    def _paid_for(self) -> float:
+        return float(max(len(self.gpus), 1) * self._nodes)
 
     def _level_metrics(self, label: str) -> Metrics:
         records = [record for record in self._records if record.phase == "measure" and record.level == label]

@@ -14,6 +14,7 @@ from typing import Any
 
 from raytune_autotuner.report.finalists import Contender, contenders, started
 from raytune_autotuner.report.recheck import Recheck, answer_of
+from raytune_autotuner.report.recount import recount, verdict_note
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import Standing, StudyStatus, read_status, standing_of
 from raytune_autotuner.report.verdict import Verdict, baseline_of
@@ -36,8 +37,10 @@ class Evidence:
     versions: Mapping[str, Any]
     status: StudyStatus | None
     answer: Verdict
-    written: Mapping[str, Any] | None
-    """`verdict.json` of a study that has ended: it knew the engine's defaults, which `answer` does not."""
+    counted: int = 0
+    """So many trials' figures were computed again from their requests."""
+    notes: tuple[str, ...] = ()
+    """Where the run's files do not agree with those figures, a line each."""
 
     @cached_property
     def searched(self) -> list[TrialRow]:
@@ -52,31 +55,27 @@ class Evidence:
     @property
     def sentence(self) -> str:
         """The verdict in words."""
-        return str(self.written["sentence"]) if self.written else self.answer.sentence
+        return self.answer.sentence
 
     @property
     def warning(self) -> str | None:
         """That the machine is too noisy to decide."""
-        return self.written["warning"] if self.written else self.answer.warning
+        return self.answer.warning
 
     @property
     def gain(self) -> float | None:
         """As a share of the baseline's score; positive is better."""
-        return self.written["gain"] if self.written else self.answer.gain
+        return self.answer.gain
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Of the gain."""
-        if self.written is None:
-            return self.answer.interval
-        found = self.written["interval"]
-        return None if found is None else (found[0], found[1])
+        return self.answer.interval
 
     @property
     def defaults(self) -> Mapping[str, Any]:
         """The values in force in the baseline, as far as the engine has told them."""
-        told = self.versions.get("defaults")
-        return {**(told if isinstance(told, dict) else {}), **self.study.fixed}
+        return _defaults(self.study, self.versions)
 
     def before(self, parameter: str) -> str:
         """A parameter's value in the baseline, for people, as far as the engine has told it."""
@@ -85,12 +84,10 @@ class Evidence:
         known = parameter in self.defaults
         return f"{format_value(self.defaults[parameter])} (engine's default)" if known else "engine's default"
 
-    @cached_property
+    @property
     def winner(self) -> TrialRow | None:
         """The setting to run; the baseline's row where nothing beats it."""
-        if self.written is None:
-            return self.answer.winner
-        return next((row for row in self.rows if row.number == self.written["winner"]), None)
+        return self.answer.winner
 
     @cached_property
     def baseline(self) -> TrialRow | None:
@@ -124,19 +121,23 @@ class Evidence:
 
 
 def gather(folder: ResultsFolder) -> Evidence:
-    """Read the whole folder; raises `ConfigError` where its study file is broken."""
-    study, status = folder.load_study(), read_status(folder)
-    rows = tuple(TrialRow.from_dict(mask_values(row.to_dict())) for row in folder.read_rows())
+    """Read the whole folder, its trials' figures from their requests.
+
+    Raises `ConfigError` where its study file is broken.
+    """
+    study, status, versions = folder.load_study(), read_status(folder), _read_json(folder.versions_file)
+    rows = [TrialRow.from_dict(mask_values(row.to_dict())) for row in folder.read_rows()]
+    found = recount(folder, study, rows)
+    answer = answer_of(folder, study, found.rows, _defaults(study, versions))
     over = status is not None and status.phase != "running"
-    return Evidence(
-        folder,
-        study,
-        rows,
-        _read_json(folder.versions_file),
-        status,
-        answer_of(folder, study, rows),
-        folder.read_verdict() if over else None,
-    )
+    note = verdict_note(folder.read_verdict(), answer.to_dict()) if over else None
+    notes = (*found.notes, *([note] if note else []))
+    return Evidence(folder, study, found.rows, versions, status, answer, found.counted, notes)
+
+
+def _defaults(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
+    told = versions.get("defaults")
+    return {**(told if isinstance(told, dict) else {}), **study.fixed}
 
 
 def unit_of(metric: str) -> str:

@@ -42,15 +42,15 @@ _NAVIGATION = {
 }
 
 
-def write_report(folder: ResultsFolder) -> Path:
-    """Write `report.html` into the results folder; returns its path.
+def write_report(folder: ResultsFolder, evidence: Evidence | None = None) -> Path:
+    """Write `report.html` into the results folder, from its `evidence` if that is gathered already; returns its path.
 
     Raises `ConfigError` where the folder's study file is broken or nothing can be written there, and nothing for
     whatever else is missing.
     """
     path = folder.path / FILE
     try:
-        write_text(path, report_page(gather(folder)))
+        write_text(path, report_page(evidence or gather(folder)))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}.") from error
     return path

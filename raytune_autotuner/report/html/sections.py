@@ -26,6 +26,8 @@ _STANDING = {
     "at fault": "The study was ended by a fault of its own, that no setting can mend: this is what it had measured.",
     "not started": "The study has not begun.",
 }
+_NOTES = 3
+"""So many are told with the verdict; all of them stand at the page's end."""
 
 
 def section(name: str, title: str, *content: object, note: str = "") -> Markup:
@@ -57,7 +59,7 @@ def verdict(evidence: Evidence) -> Markup:
         "section",
         tag("p", standing, cls="standing") if standing else "",
         tag("p", evidence.sentence, cls="sentence"),
-        tag("p", evidence.warning, cls="warning") if evidence.warning else "",
+        *(tag("p", text, cls="warning") for text in (evidence.warning, *evidence.notes[:_NOTES]) if text),
         tag("div", *_tiles(evidence), cls="tiles"),
         _then_and_now(evidence),
         id="verdict",
@@ -148,6 +150,8 @@ def provenance(evidence: Evidence) -> Markup:
         "seeds": f"search {study.search.seed}, workload {study.workload.seed}",
         "sampler": study.search.sampler,
         "failures are graded by": study.penalty.grade,
+        "figures": f"computed again from the requests of {evidence.counted} trials" if evidence.counted else None,
+        **{f"note {number}": note for number, note in enumerate(evidence.notes, start=1)},
     }
     rows = [(name, value) for name, value in facts.items() if value]
     again = copy_box("Again", _again(evidence))
