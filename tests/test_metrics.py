@@ -7,8 +7,9 @@ import math
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from raytune_autotuner.load.engine_metrics import Sample
@@ -150,6 +151,69 @@ def test_percentiles_are_numpys(load: list[RequestRecord]) -> None:
         expected = np.percentile(np.array(ttfts, dtype=float), int(statistic[1:]))
         assert metrics[f"ttft_ms_{statistic}"] == pytest.approx(float(expected))
     assert metrics["ttft_ms_mean"] == pytest.approx(float(np.mean(np.array(ttfts, dtype=float))))
+
+
+@st.composite
+def trials(draw: st.DrawFn) -> list[RequestRecord]:
+    """Two levels of two rounds with an answer in each, some of several tokens a chunk, and failures and warm-up."""
+    places = [(level, round) for level in ("c1", "c4") for round in (0, 1)]
+    places += draw(st.lists(st.sampled_from(places), max_size=8))
+    drawn = []
+    for index, (level, round) in enumerate(places):
+        kind = draw(answers(min_tokens=2)) if index < 4 else draw(answers() | failures)
+        tokens_out = len(kind.token_times_s) * draw(st.integers(1, 3)) if len(kind.token_times_s) > 1 else 1
+        phase: Phase = "measure" if index < 4 else draw(st.sampled_from(["measure", "warmup"]))
+        drawn.append(dataclasses.replace(kind, level=level, round=round, tokens_out=tokens_out, phase=phase))
+    return drawn
+
+
+def by_pandas(sent: pd.DataFrame) -> dict[str, float]:
+    """What vLLM's `bench serve` would say of one level's requests, and what this project adds to it."""
+    seconds = sent.groupby("round")["end_s"].max().sum()
+    done = sent[sent["error"].isna()].copy()
+    done["ttft_ms"] = (done["first_token_s"] - done["scheduled_s"]) * 1e3
+    done["e2el_ms"] = (done["token_times_s"].str[-1] - done["scheduled_s"]) * 1e3
+    several = done[done["tokens_out"] > 1]
+    tpot_ms = (several["e2el_ms"] - several["ttft_ms"]) / (several["tokens_out"] - 1)
+    itl_ms = np.concatenate([np.diff(times) for times in done["token_times_s"]]) * 1e3
+    samples = {"ttft_ms": done["ttft_ms"], "e2el_ms": done["e2el_ms"], "tpot_ms": tpot_ms, "itl_ms": pd.Series(itl_ms)}
+    tokens, prompts = done["tokens_out"].sum(), done["tokens_in"].sum()
+    good = (done["ttft_ms"] <= 500) & (done["e2el_ms"] <= 5000) & ~(tpot_ms.reindex(done.index) > 50)
+    speed = [
+        part.loc[part["error"].isna(), "tokens_out"].sum() / part["end_s"].max() for _, part in sent.groupby("round")
+    ]
+    return {
+        **{f"{name}_mean": sample.mean() for name, sample in samples.items()},
+        **{f"{name}_p{q}": sample.quantile(q / 100) for name, sample in samples.items() for q in (50, 90, 95, 99)},
+        "output_throughput_tok_s": tokens / seconds,
+        "input_throughput_tok_s": prompts / seconds,
+        "total_throughput_tok_s": (tokens + prompts) / seconds,
+        "request_throughput_rps": len(done) / seconds,
+        "goodput_rps": good.sum() / seconds,
+        "slo_attainment": good.sum() / len(sent),
+        "failed_share": sent["error"].notna().mean(),
+        "requests": len(sent),
+        "requests_failed": sent["error"].notna().sum(),
+        "tokens_in": prompts,
+        "tokens_out": tokens,
+        "duration_s": seconds,
+        "drift": speed[-1] / speed[0] - 1,
+    }
+
+
+@settings(deadline=None, max_examples=20)
+@given(trials())
+def test_every_figure_comes_again_by_other_means_from_the_same_requests(load: list[RequestRecord]) -> None:
+    levels = {label: summarize(sent, duration_s(sent), SLO) for label, sent in measured(load).items()}
+    table = pd.DataFrame([dataclasses.asdict(record) for record in load])
+    again = {label: by_pandas(sent) for label, sent in table[table["phase"] == "measure"].groupby("level")}
+    for label, level in levels.items():
+        assert level == pytest.approx(again[str(label)], rel=1e-6, abs=1e-9)
+    whole = combine(levels)
+    for name, metric in METRICS.items():
+        if name in whole:
+            values = [level[name] for level in again.values()]
+            assert whole[name] == pytest.approx(sum(values) if metric.across == "sum" else np.mean(values), abs=1e-9)
 
 
 @given(loads, st.randoms())

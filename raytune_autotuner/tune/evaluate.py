@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -273,11 +274,17 @@ class Evaluation:
 
     def _loads(self, server: Server) -> Generator[Metrics, None, None]:
         """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""
-        scale, rounds = levels(self.study.workload), range(self.study.workload.rounds)
+        scale = levels(self.study.workload)
+        ascending = sorted(scale, key=lambda level: level.load)
         if slo.ends_at_first_miss(self.study.objective):
-            yield from self._scan(server, sorted(scale, key=lambda level: level.load))
-            return
-        order = [(number, level) for number in rounds for level in scale]
+            yield from self._scan(server, ascending)
+        else:
+            yield from self._all(server, scale)
+        if self.restart is not None and slo.scans_loads(self.study.objective):
+            yield from self._refine(server, ascending)
+
+    def _all(self, server: Server, scale: Sequence[Level]) -> Generator[Metrics, None, None]:
+        order = [(number, level) for number in range(self.study.workload.rounds) for level in scale]
         for done, (number, level) in enumerate(order):
             metrics = self._round(server, level, number, done, len(order))
             self.loaded = done + 1 == len(order)
@@ -285,18 +292,18 @@ class Evaluation:
 
     def _scan(self, server: Server, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
         rounds = self.study.workload.rounds
-        held = None
         for place, level in enumerate(ascending):
             for number in range(rounds):
                 yield self._round(server, level, number, place * rounds + number, len(ascending) * rounds)
             if not self._meets(level):
-                if self.restart is not None and held is not None:
-                    yield from self._refine(server, held, level)
                 return
-            held = level
 
-    def _refine(self, server: Server, held: Level, missed: Level) -> Generator[Metrics, None, None]:
-        """Between a level that keeps the SLOs and one that does not, halve the step until it is small."""
+    def _refine(self, server: Server, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
+        """Between the last level that keeps the SLOs and the one above it, halve the step until it is small."""
+        kept = len([*takewhile(self._meets, ascending)])
+        if not 0 < kept < len(ascending):
+            return
+        held, missed = ascending[kept - 1], ascending[kept]
         for _ in range(MAX_BISECTIONS):
             between = middle(held, missed)
             if between is None:
