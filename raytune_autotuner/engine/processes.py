@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from raytune_autotuner.engine.scratch import remove_orphans
 from raytune_autotuner.study.errors import ConfigError, TrialFailed
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 
@@ -202,11 +203,13 @@ def sweep(mark: str) -> list[int]:
 
 
 def sweep_orphans() -> list[tuple[int, str]]:
-    """SIGKILL this user's marked processes whose owner no longer lives; (pid, mark) of each.
+    """SIGKILL this user's marked processes whose owner no longer lives; (pid, mark) of each. Their files go, too.
 
     Called at a trial's start, at the study's end and by `clean`. What belongs to a living owner stays.
     """
-    return _sweep(_is_orphaned)
+    ended = _sweep(_is_orphaned)
+    remove_orphans(os.environ)
+    return ended
 
 
 # Shared memory

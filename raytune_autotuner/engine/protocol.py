@@ -23,7 +23,7 @@ from raytune_autotuner.engine.processes import Process
 from raytune_autotuner.engine.reading import LogRules
 
 SETTLE_S = 1.0
-"""After the root's end on `stop`, how long the rest of its tree may take to follow."""
+"""After the root's end, by itself or on `stop`, how long the rest of its tree may take to follow."""
 STUCK_S = 10.0
 """After so long of killing, the owner is told who does not go; the killing goes on."""
 ASIDE_S = 3600.0

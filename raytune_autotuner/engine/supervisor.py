@@ -45,6 +45,8 @@ from raytune_autotuner.engine.processes import (
     sweep_orphans,
 )
 from raytune_autotuner.engine.protocol import ASIDE_S, SETTLE_S, STUCK_S, Aftermath, Cause, Channel, Spec
+from raytune_autotuner.engine.scratch import Scratch
+from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.masking import learn, mask_values, secrets_in
 
 _TICK_S = 0.5
@@ -77,6 +79,8 @@ class Supervisor:
         self._started_at = time.time()
         self._killed: set[Process] = set()
         self._segments: set[Path] = set()
+        self._noted_at: Stage | None = None
+        self._scratch = Scratch(spec.env)
         self._owners = [process for process in (spec.owner, spec.raylet) if process is not None]
         self._unwatched: set[Process] = set()
         learn(secrets_in(spec.env))
@@ -93,8 +97,11 @@ class Supervisor:
                 self._until(lambda: self._cause is not None)
             if self._cause is Cause.STOPPED:
                 self._ask_to_end()
+            if self._exit_code is not None:
+                self._settle()
         finally:
             self._end_tree()
+            self._scratch.remove()
         self._report()
         self._set_aside()
 
@@ -177,7 +184,14 @@ class Supervisor:
         now = time.monotonic()
         if pump.lines != self._told_lines and now - self._told_at >= _PROGRESS_EVERY_S:
             self._told_lines, self._told_at = pump.lines, now
+            self._note_segments(pump)
             self._channel.send("progress", droppable=True, **self._reached(pump))
+
+    def _note_segments(self, pump: Pump) -> None:
+        """At each new stage, since a process that ends by itself can no longer be asked which ones it used."""
+        if pump.reader.stage is not self._noted_at:
+            self._noted_at = pump.reader.stage
+            self._segments |= shared_memory([process.pid for process in descendants(os.getpid())])
 
     def _reached(self, pump: Pump) -> dict[str, Any]:
         reader = pump.reader
@@ -206,6 +220,7 @@ class Supervisor:
         _protect()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         self._pump = pump = Pump(reader, self._log(), self._spec.log_rules)
+        self._scratch.make()
         try:
             self._spawn(writer, oom_score_adj)
         except OSError as error:
@@ -234,7 +249,7 @@ class Supervisor:
 
         process = subprocess.Popen(
             self._spec.argv,
-            env=self._spec.env,
+            env={**self._spec.env, **self._scratch.variables},
             cwd=self._spec.cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -272,17 +287,19 @@ class Supervisor:
         self._channel.send("exited", exit_code=exit_code, cause=self._cause)
 
     def _ask_to_end(self) -> None:
-        """SIGTERM to the engine's root; then time for it, and a moment for what it started."""
+        """SIGTERM to the engine's root; then time for it."""
         if self._root is None or not self._root.send(signal.SIGTERM):
             return
         until = time.monotonic() + self._grace_s
         self._until(lambda: self._exit_code is not None or self._hurried(until), _BUSY_TICK_S)
-        if self._exit_code is not None:
-            until = time.monotonic() + SETTLE_S
-            self._until(lambda: self._childless or self._hurried(until), _BUSY_TICK_S)
+
+    def _settle(self) -> None:
+        """A moment for what the root started: Python's resource tracker, for one, clears away what the others left."""
+        until = time.monotonic() + SETTLE_S
+        self._until(lambda: self._childless or self._hurried(until), _BUSY_TICK_S)
 
     def _hurried(self, until: float) -> bool:
-        return self._cause is not Cause.STOPPED or time.monotonic() >= until
+        return self._cause not in (Cause.STOPPED, Cause.EXITED) or time.monotonic() >= until
 
     def _end_tree(self) -> None:
         stuck_at = time.monotonic() + STUCK_S

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
+from raytune_autotuner.engine.scratch import Scratch
 from raytune_autotuner.study.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class VllmChecker:
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._said: IO[bytes] | None = None
+        self._scratch = Scratch({**os.environ, **environment})
         self._rest = b""
         self._answered = False
         self._losses = 0
@@ -78,11 +80,12 @@ class VllmChecker:
             return
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it
         self._rest, self._answered = b"", False
+        self._scratch.make()
         self._process = subprocess.Popen(
             # As text: run as a file, its folder would stand first on the path, and this package's modules hide vLLM.
             self._command,
             cwd=os.sep,
-            env={**os.environ, **self._environment},
+            env={**os.environ, **self._environment, **self._scratch.variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -117,6 +120,7 @@ class VllmChecker:
             _end(process)
         if said is not None:
             said.close()
+        self._scratch.remove()
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Send one line and read one; raises `_Lost`. Without an answer no process is left, also on Ctrl-C."""

@@ -100,7 +100,7 @@ class BenchServe:
         self._loads = 0
 
     def __enter__(self) -> BenchServe:
-        self._temporary = tempfile.TemporaryDirectory(prefix="bench-serve-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="bench-serve-", dir=self._environment.get("TMPDIR"))
         self._folder = Path(self._temporary.name)
         return self
 

@@ -28,6 +28,7 @@ from raytune_autotuner.engine.gpus import EnergyMeter
 from raytune_autotuner.engine.machine import hardware, together
 from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
 from raytune_autotuner.engine.running import RunningServer
+from raytune_autotuner.engine.scratch import Scratch
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.engine.spanning import Follower, SpanningServer
 from raytune_autotuner.load import client, quality, spread, vllm_bench
@@ -421,8 +422,9 @@ class Evaluation:
             return partial(self._clients.measure, processes=self._processes, dialect=self._dialect)
         if self._bench is None:
             python = str(self.study.engine.python or sys.executable)
-            mark = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id)}
-            self._bench = self._until_the_end.enter_context(vllm_bench.BenchServe(python, mark))
+            scratch = self._until_the_end.enter_context(Scratch(os.environ))
+            own = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id), **scratch.variables}
+            self._bench = self._until_the_end.enter_context(vllm_bench.BenchServe(python, own))
         return self._bench.measure
 
     def _judge(self, load: client.LoadRun, server: Server) -> None:
