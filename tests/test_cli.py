@@ -240,6 +240,10 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
         {"workload": {"concurrency": [4, 64]}},
         "workload.concurrency: 64 requests are never in flight at once where a load has 16",
     ),
+    "arrivals until after the deadline": (
+        {"workload": {"concurrency": [], "request_rate_rps": [2, 0.5], "rounds": 2}},
+        "trial.timeout_s: 30 s are too short: until the last request has arrived, the loads take 80 s",
+    ),
     "requests that do not fit": (
         {"engine": {"args": {"max-model-len": 39}}, "workload": {"prefix": {"tokens": 8}, "traffic": "D(24,8)"}},
         "engine.args.max-model-len: 39 tokens do not hold the longest request of the workload, 32 of prompt and 8 of",

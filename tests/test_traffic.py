@@ -216,8 +216,12 @@ def test_a_wrong_line_of_a_dataset_is_named(tmp_path: Path, line: Any, complaint
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ({**ARRIVAL, "timestamp": "noon"}, "timestamp: should be a number of milliseconds, 0 or more, but got 'noon'"),
+        (
+            {**ARRIVAL, "timestamp": "noon"},
+            "timestamp: should be a number of milliseconds from 0 to 1e\\+13, but got 'noon'",
+        ),
         ({**ARRIVAL, "timestamp": -1}, "timestamp: should be .* got -1"),
+        ({**ARRIVAL, "timestamp": 2e13}, "timestamp: should be .* got 2"),
         ({**ARRIVAL, "timestamp": float("nan")}, "timestamp: should be .* got nan"),
         ({**ARRIVAL, "timestamp": 4}, r"timestamp: should be not below the line before it \(5\), but got 4"),
         ({**ARRIVAL, "input_length": 0}, "input_length: should be a whole number of tokens .* got 0"),
@@ -260,6 +264,8 @@ def test_good_traffic_passes(tmp_path: Path) -> None:
     check_traffic(workload(traffic="D(5,5)", prefix={"tokens": 4}))
     check_traffic(workload(dataset=lines(tmp_path, GOOD)))
     check_traffic(workload(trace=lines(tmp_path, ARRIVAL)))
+    (since_1970 := tmp_path / "epoch").mkdir()
+    check_traffic(workload(trace=lines(since_1970, {**ARRIVAL, "timestamp": 1_795_810_088_176})))
     with pytest.raises(ConfigError, match=r"^workload\.traffic"):
         check_traffic(workload(traffic="D(0,5)"))
 

@@ -18,7 +18,7 @@ from raytune_autotuner.study.errors import ConfigError, shown
 
 MAX_TOKENS = 9_999_999
 MAX_TOKEN_ID = 2**31 - 1
-_MAX_TIMESTAMP_MS = 1e12  # thirty years
+_MAX_TIMESTAMP_MS = 1e13  # since the epoch, until the year 2286
 _OUTPUT_KEYS = ("output_tokens", "output_len", "max_tokens")
 
 
@@ -99,7 +99,7 @@ class _Line:
         """The time stamp."""
         value = self.values.get("timestamp")
         if not (_is_whole(value) or isinstance(value, float)) or not 0 <= value <= _MAX_TIMESTAMP_MS:
-            raise self.wrong("timestamp", "a number of milliseconds, 0 or more")
+            raise self.wrong("timestamp", f"a number of milliseconds from 0 to {_MAX_TIMESTAMP_MS:g}")
         return float(value)
 
     def prompt(self) -> str | list[int]:

@@ -184,6 +184,13 @@ def lengths(workload: Workload, level: Level) -> list[tuple[int, int]]:
     return _Draw(workload, level, 0, "measure", 0, VOCAB_SIZE).lengths()
 
 
+def arrivals_s(workload: Workload, level: Level) -> float:
+    """Seconds from a load's start to its last arrival; 0 in closed loop, where requests come as there is room."""
+    if workload.trace is not None:
+        return read_trace(workload.trace, workload.requests)[-1].due_s
+    return workload.requests / level.rate_rps if level.rate_rps else 0.0
+
+
 class _Draw:
     """The numbers of one load, drawn from its seed."""
 

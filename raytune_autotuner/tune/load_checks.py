@@ -1,7 +1,7 @@
 """Whether the loads of a study can show what it asks of them, told from their numbers before anything is started.
 
 Each has so many requests of so many tokens: are they samples enough for every percentile, do they reach the number in
-flight, do they fit into the engine's context? Which metrics there are, `checks.py` has seen to.
+flight, do they fit into the engine's context and into the trial's time? Which metrics there are, `checks.py` knows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from raytune_autotuner.load.workload import lengths, levels
+from raytune_autotuner.load.workload import arrivals_s, lengths, levels
 from raytune_autotuner.score.metrics import samples_needed
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study, Workload
@@ -30,6 +30,7 @@ def check_loads(study: Study) -> None:
     for key, name in _rested_on(study):
         _check_samples(study.workload, loads, key, name)
     _check_fit(study, loads)
+    _check_time(study)
 
 
 def _check_in_flight(load: Workload) -> None:
@@ -90,4 +91,15 @@ def _check_fit(study: Study, loads: Loads) -> None:
         raise ConfigError(
             f"engine.args.{_LENGTH}: {most} tokens do not hold the longest request of the workload, {prompt} of "
             f"prompt and {answer} of answer.\nRaise it to {prompt + answer} or more, or send shorter requests."
+        )
+
+
+def _check_time(study: Study) -> None:
+    """Raise `ConfigError` where requests still arrive when the trial's time is up."""
+    load, limit_s = study.workload, study.trial.timeout_s
+    needed_s = load.rounds * sum(arrivals_s(load, level) for level in levels(load))
+    if needed_s >= limit_s:
+        raise ConfigError(
+            f"trial.timeout_s: {limit_s:g} s are too short: until the last request has arrived, the loads take "
+            f"{needed_s:,.0f} s.\nRaise it, with time for the engine's start to spare, or send fewer requests."
         )
