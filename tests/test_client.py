@@ -252,6 +252,7 @@ def test_open_loop_does_not_wait_for_answers() -> None:
         (events(text_event(), text_event()), "cut short: no usage after 2 chunks"),
         (events(text_event(), usage_event(8, 1), DONE), "4 output tokens wanted, 1 answered"),
         (events(usage_event(8, 4), DONE), "no token arrived"),
+        (events(*[text_event()] * 4, usage_event(7, 4), DONE), "prompt cut short: 8 tokens sent, 7 read"),
         (events(sse({"choices": [], "usage": {"completion_tokens": "four"}}), DONE), "no usage"),
         (events(DONE), "no usage after 0 chunks"),
         (events(), "no usage after 0 chunks"),

@@ -132,7 +132,7 @@ class Load:
         self._level = level
         self._timeout_s = request_timeout_s
         self._keep = [] if keep is None else keep
-        self._exact = dialect.exact
+        self._dialect = dialect
         self._records: list[RequestRecord] = []
         self._failed = 0
         self._ended_by = "aborted"
@@ -229,7 +229,7 @@ class Load:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._answer(data, stream, sendings)
-            stream.close(request.tokens_out, self._exact)
+            stream.close(request.tokens_out, self._dialect.exact, self._dialect.tokens_sent(request))
             error = None
         except asyncio.CancelledError:
             error = self._ended_by

@@ -51,6 +51,10 @@ class Dialect:
         body = {name: value for name, value in {**usual, **self.fields}.items() if value is not None}
         return json.dumps(body, separators=(",", ":")).encode()
 
+    def tokens_sent(self, request: Request) -> int:
+        """Prompt tokens that the server must have read at the least; 0 where only it can know."""
+        return len(request.prompt) if self.api == "completions" and self.exact and type(request.prompt) is list else 0
+
     def _asked(self, request: Request) -> dict[str, Any]:
         if self.api == "completions":
             return {"prompt": request.prompt}

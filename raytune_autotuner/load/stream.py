@@ -50,14 +50,19 @@ class TokenStream:
         if len(self._rest) > _MAX_EVENT_BYTES:
             raise BadAnswer(f"no event in {len(self._rest):,} bytes: {short(self._rest)}")
 
-    def close(self, tokens_wanted: int, exact: bool = True) -> None:
-        """The answer has ended: raises `BadAnswer` where it is not a full one, or not `exact`, too long a one."""
+    def close(self, tokens_wanted: int, exact: bool = True, tokens_sent: int = 0) -> None:
+        """The answer has ended: raises `BadAnswer` where it is not a full one, or not `exact`, too long a one.
+
+        Nor is one to fewer prompt tokens than `tokens_sent`, where the server counts them.
+        """
         if self._rest.strip():
             raise BadAnswer(f"answer cut short after {short(self._rest)!r}")
         if self.tokens_out is None:
             raise BadAnswer(f"answer cut short: no usage after {len(self.times_s)} chunks")
         if self.tokens_out != tokens_wanted and (exact or not 0 < self.tokens_out < tokens_wanted):
             raise BadAnswer(f"{tokens_wanted} output tokens wanted, {self.tokens_out} answered")
+        if self.tokens_in is not None and self.tokens_in < tokens_sent:
+            raise BadAnswer(f"prompt cut short: {tokens_sent} tokens sent, {self.tokens_in} read")
         if not self.times_s:
             raise BadAnswer("no token arrived")
 
