@@ -41,8 +41,12 @@ class Played:
     @property
     def sent(self) -> list[str]:
         """The measured load levels in the order in which they were sent."""
+        return self.levels("measure")
+
+    def levels(self, phase: str) -> list[str]:
+        """The load levels of a phase in the order in which they were sent."""
         records = pd.read_parquet(self.folder / "requests.parquet")
-        return list(dict.fromkeys(records[records["phase"] == "measure"]["level"]))
+        return list(dict.fromkeys(records[records["phase"] == phase]["level"]))
 
 
 def evaluation(folder: Path, changes: Mapping[str, Any], params: Mapping[str, Any], **options: Any) -> Evaluation:
@@ -78,7 +82,7 @@ def test_every_level_is_sent_in_every_round_and_each_load_is_a_step(tmp_path: Pa
 
 def test_a_scan_goes_up_and_ends_at_the_first_level_that_misses(tmp_path: Path) -> None:
     slow = play(tmp_path, merged(SCAN, {"objective": {"slo": {"e2el_ms": {"p90": 0.001}}}}))
-    assert slow.sent == ["c4"]
+    assert slow.sent == slow.levels("warmup") == ["c4"]
     assert slow.result.metrics["max_load_under_slo"] == 0
     easy = play(tmp_path / "easy", merged(SCAN, {"objective": {"slo": {"e2el_ms": {"p90": 60000}}}}))
     assert easy.sent == ["c4", "c16", "c64"]

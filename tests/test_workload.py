@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_autotuner.load.workload import Lengths, Level, Traffic, generate, lengths, levels, parse_traffic
+from raytune_autotuner.load.workload import (
+    Lengths,
+    Level,
+    Traffic,
+    generate,
+    lengths,
+    levels,
+    parse_traffic,
+    warmup_requests,
+)
 from raytune_autotuner.score.records import Phase
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Workload
@@ -102,6 +111,13 @@ def test_each_phase_has_its_own_number_of_requests() -> None:
     warmup = generate(workload, C4, phase="warmup")
     assert [(request.index, request.phase) for request in warmup] == [(0, "warmup"), (1, "warmup"), (2, "warmup")]
     assert generate(closed(warmup_requests=0), R5, phase="warmup") == []
+
+
+def test_a_warm_up_makes_the_whole_load_of_its_level() -> None:
+    scale = (C4, R5, Level("c64", concurrency=64), Level("r12.5", rate_rps=12.5), Level("trace", trace=True))
+    assert [warmup_requests(closed(), level) for level in scale] == [8, 8, 64, 13, 8]
+    assert len(generate(closed(), scale[2], phase="warmup")) == 64
+    assert warmup_requests(closed(warmup_requests=3), scale[2]) == 3
 
 
 @given(vocab_size=st.integers(2, 200_000))

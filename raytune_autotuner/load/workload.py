@@ -9,6 +9,7 @@ prompts of a dataset, or the arrivals of a trace.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ _SPREAD = re.compile(r"([NU])\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*/\s*\(\s*(\d+)\s*,\s*
 _PHASES: tuple[Phase, ...] = ("warmup", "measure")
 # Last numbers of a seed: what is drawn for a whole study is drawn from other seeds than what is drawn for a load.
 _PREFIXES, _WARMUP_LINES = 1, 2
+_FEWEST_WARM = 8
 
 Prompt: TypeAlias = str | list[int]
 """Token ids, so that the length is exact without a tokenizer; or a dataset's text, whose tokens the server counts."""
@@ -156,6 +158,13 @@ def levels(workload: Workload) -> list[Level]:
     return list({level.label: level for level in closed + opened}.values())
 
 
+def warmup_requests(workload: Workload, level: Level) -> int:
+    """Requests that warm up one load level: by default enough of them to make all of its load."""
+    if workload.warmup_requests != "auto":
+        return workload.warmup_requests
+    return max(math.ceil(level.load), _FEWEST_WARM)
+
+
 def generate(
     workload: Workload,
     level: Level,
@@ -203,7 +212,7 @@ class _Draw:
         self._vocab_size = vocab_size
         self._seed = (workload.seed + seed_offset) % 2**64
         self._rng = self._generator(_PHASES.index(phase), round, zlib.crc32(level.label.encode()))
-        self._count = workload.requests if phase == "measure" else workload.warmup_requests
+        self._count = workload.requests if phase == "measure" else warmup_requests(workload, level)
 
     def bodies(self) -> Iterable[tuple[Prompt, int, float]]:
         """Prompt, output tokens and due time of each request."""
@@ -254,9 +263,9 @@ class _Draw:
         """The lines of a dataset that this phase takes: warm-up keeps some to itself where there are enough."""
         workload = self._workload
         order: list[int] = self._generator(0, 0, 0, _WARMUP_LINES).permutation(count).tolist()
-        if count < workload.requests + workload.warmup_requests:
+        kept = max(warmup_requests(workload, level) for level in levels(workload))
+        if count < workload.requests + kept:
             return order
-        kept = workload.warmup_requests
         return order[:kept] if self._phase == "warmup" else order[kept:]
 
     def _prefixed(self, prompts: list[list[int]]) -> list[list[int]]:

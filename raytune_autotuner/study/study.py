@@ -255,8 +255,9 @@ class Workload(_Model):
     """Requests at each level in each round."""
     rounds: Positive = 1
     """How often all levels are measured; samples of all rounds are pooled."""
-    warmup_requests: Natural = 8
-    """Requests before the first round that are not measured."""
+    warmup_requests: Literal["auto"] | Natural = "auto"
+    """Requests at each level before the first round, which are not measured. `auto`: as many as are in flight there, or
+    come in a second, and 8 at least."""
     seed: Annotated[int, Field(strict=True)] = 0
     """Of prompts, lengths and arrival times."""
 

@@ -37,7 +37,7 @@ from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_ser
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
 from raytune_autotuner.load.trouble import processes_wanted
-from raytune_autotuner.load.workload import Level, generate, levels
+from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
 from raytune_autotuner.report.course import REQUESTS, SAMPLES
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import write_result
@@ -159,7 +159,6 @@ class Evaluation:
                 self._await_ready(server)
                 self._clients.start(self._processes)
                 self._ask_quality(server)
-                self._warm_up(server)
                 yield from self._loads(server)
                 self.on_measured()
             except spread.ClientLost as error:
@@ -265,13 +264,13 @@ class Evaluation:
         if sentence := judge(lost, self.study.quality):
             self._fail(Kind.QUALITY_LOSS, sentence, "If so much loss is acceptable, raise the limit under quality.")
 
-    def _warm_up(self, server: Server) -> None:
-        if self.study.workload.warmup_requests == 0:
-            return
-        self._moved(Stage.WARMUP, 0.0)
-        with self._timed("warmup"):
-            for level in levels(self.study.workload):
-                self._send(server, level, 0, "warmup", 0, 1)
+    def _warm_up(self, server: Server, scale: Sequence[Level]) -> None:
+        """The load of each level, before any of them is measured; of those with a number of requests for it."""
+        for level in scale:
+            if warmup_requests(self.study.workload, level):
+                self._moved(Stage.WARMUP, 0.0)
+                with self._timed("warmup"):
+                    self._send(server, level, 0, "warmup", 0, 1)
 
     def _loads(self, server: Server) -> Generator[Metrics, None, None]:
         """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""
@@ -285,6 +284,7 @@ class Evaluation:
             yield from self._refine(server, ascending)
 
     def _all(self, server: Server, scale: Sequence[Level]) -> Generator[Metrics, None, None]:
+        self._warm_up(server, scale)
         order = [(number, level) for number in range(self.study.workload.rounds) for level in scale]
         for done, (number, level) in enumerate(order):
             metrics = self._round(server, level, number, done, len(order))
@@ -294,6 +294,7 @@ class Evaluation:
     def _scan(self, server: Server, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
         rounds = self.study.workload.rounds
         for place, level in enumerate(ascending):
+            self._warm_up(server, [level])  # one by one, as most scans end before the last
             for number in range(rounds):
                 yield self._round(server, level, number, place * rounds + number, len(ascending) * rounds)
             if not self._meets(level):
@@ -309,6 +310,7 @@ class Evaluation:
             between = middle(held, missed)
             if between is None:
                 return
+            self._warm_up(server, [between])
             for number in range(self.study.workload.rounds):
                 yield self._round(server, between, number, 1, 1)
             held, missed = (between, missed) if self._meets(between) else (held, between)

@@ -148,7 +148,6 @@ class _Draft:
             "traffic": self.traffic,
             "concurrency": list(levels) if len(levels) > 1 else levels[0],
             "requests": self.plan.requests,
-            "warmup_requests": self.fit.warmup_requests,
         }
 
     @property

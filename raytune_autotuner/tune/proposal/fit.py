@@ -111,11 +111,6 @@ class Fit:
         return 16 if min(host.cpus for host in self.site.hosts) < 16 else 32
 
     @property
-    def warmup_requests(self) -> int:
-        """Before each level."""
-        return 32 if self.site.on_gpus else 8
-
-    @property
     def _held_sizes(self) -> list[int]:
         """Devices that one machine has for a copy of the model: GPUs, or NUMA nodes on a CPU; powers of two."""
         counts = [host.gpus if self.site.on_gpus else len(host.numa_gib) for host in self.site.hosts]

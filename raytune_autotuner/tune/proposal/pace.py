@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raytune_autotuner.engine import models
-from raytune_autotuner.load.workload import Traffic, levels, parse_traffic
+from raytune_autotuner.load.workload import Traffic, levels, parse_traffic, warmup_requests
 from raytune_autotuner.report.runs import runs_at
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError
@@ -48,10 +48,10 @@ class Pace:
     """What earlier runs took over what is guessed for them."""
     told: str = "a guess, as no run of this model on such machines lies in --results"
 
-    def loads_s(self, traffic: Traffic, concurrency: Sequence[int], requests: int) -> float:
-        """So many requests at each level."""
+    def loads_s(self, traffic: Traffic, loads: Iterable[tuple[int, int]]) -> float:
+        """Of loads, each so many in flight and so many requests."""
         tokens = traffic.tokens_in.mean, traffic.tokens_out.mean
-        return sum(requests * self._request_s(*tokens, level) for level in concurrency)
+        return sum(requests * self._request_s(*tokens, concurrency) for concurrency, requests in loads)
 
     def _request_s(self, tokens_in: float, tokens_out: float, concurrency: int) -> float:
         """Of the machine's time, where so many are in flight."""
@@ -105,9 +105,9 @@ def _corrected(guess: Pace, trials: Sequence[tuple[Study, TrialRow]], results: P
 
 
 def _guessed_loads_s(guess: Pace, load: Workload) -> float:
-    concurrency = [level.concurrency or _AT for level in levels(load)]
-    requests = load.requests * load.rounds + load.warmup_requests
-    return guess.loads_s(parse_traffic(load.traffic), concurrency, requests)
+    measured = load.requests * load.rounds
+    loads = ((level.concurrency or _AT, measured + warmup_requests(load, level)) for level in levels(load))
+    return guess.loads_s(parse_traffic(load.traffic), loads)
 
 
 def _earlier(model: str, results: Path | Store) -> list[tuple[Study, list[TrialRow]]]:

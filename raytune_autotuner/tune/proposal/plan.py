@@ -10,8 +10,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from raytune_autotuner.load.workload import levels as levels_of
+from raytune_autotuner.load.workload import warmup_requests
 from raytune_autotuner.score.metrics import samples_needed
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.study import Workload
 from raytune_autotuner.tune.proposal.fit import Fit
 from raytune_autotuner.tune.proposal.pace import Pace
 
@@ -85,7 +88,9 @@ def _plan(fit: Fit, pace: Pace, levels: tuple[int, ...], requests: int, starts: 
 
 
 def _trial_s(fit: Fit, pace: Pace, levels: tuple[int, ...], requests: int) -> float:
-    return pace.start_s + pace.loads_s(fit.traffic, levels, requests + fit.warmup_requests)
+    warm = Workload(concurrency=levels)
+    loads = ((level.concurrency or 1, requests + warmup_requests(warm, level)) for level in levels_of(warm))
+    return pace.start_s + pace.loads_s(fit.traffic, loads)
 
 
 def _loads(fit: Fit, slo: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[tuple[int, ...], int]]:
