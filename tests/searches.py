@@ -10,6 +10,7 @@ from optuna.storages import InMemoryStorage
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
 from raytune_autotuner.tune.cache import read_cache
@@ -56,6 +57,11 @@ class Search:
         """The trial is measured."""
         result = TrialResult({METRIC: score, **QUALITY}, None, {"total": 1.0}, ("an answer",))
         self.searcher.on_trial_complete(trial_id, {RESULT: json.dumps(result.to_dict()), SCORE: score})
+
+    def fail(self, trial_id: str, failure: Failure, *answers: str) -> None:
+        """The trial has failed, perhaps after it was asked for answers."""
+        result = TrialResult(QUALITY if answers else {}, failure, {"total": 1.0}, answers)
+        self.searcher.on_trial_complete(trial_id, {RESULT: json.dumps(result.to_dict()), SCORE: 0.0})
 
     def suggest(self, trial_id: str) -> Any:
         """As Ray Tune asks for a trial."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.tune.search import Searcher
 
 from raytune_autotuner.engine.simulated import fidelity
 from raytune_autotuner.engine.simulated.setting import Setting
@@ -24,8 +26,13 @@ from raytune_autotuner.load.quality import (
     texts,
 )
 from raytune_autotuner.score.quality import Quality, QualityLoss, answer_change, judge, loss, perplexity
+from raytune_autotuner.study.failure import Blame, Kind, Stage
+from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.study import QualitySpec
+from tests.report_samples import NO_MEMORY
+from tests.searches import Search
 from tests.simulated_server import Server, free_port
+from tests.studies import BASE, merged
 
 LIMITS = QualitySpec()
 
@@ -276,3 +283,48 @@ def test_a_rise_multiplies_the_perplexity(prompt: str, rise: float) -> None:
     tokens = fidelity.prompt_tokens(prompt)
     exact, raised = (perplexity(fidelity.log_probabilities(tokens, r)) for r in (0.0, rise))
     assert raised / exact == pytest.approx(math.exp(rise))
+
+
+# In a search
+
+POINTS = [{"max-num-seqs": 2, "block-size": 16}, {"max-num-seqs": 8, "block-size": 16}]
+BUSY = replace(NO_MEMORY, kind=Kind.DEVICE_BUSY, blame=Blame.ENVIRONMENT)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Search:
+    changes = {"quality": {}, "search": {"points": POINTS}, "verify": {"top": 1, "restarts": 2}}
+    search = Search(parse_study(merged(BASE, changes)), tmp_path, slots=2)
+    search.begin()
+    return search
+
+
+def test_no_other_setting_is_started_before_the_baseline_has_answered(guarded: Search) -> None:
+    assert guarded.suggest("a")["params"] == {}
+    assert guarded.suggest("b") is None
+    guarded.end("a", 100.0)
+    asked = guarded.suggest("b")
+    assert asked["params"] == POINTS[0]
+    assert asked["reference"] == Quality(9.0, ("an answer",))
+
+
+def test_a_baseline_that_was_lost_is_run_again_before_what_is_queued(guarded: Search) -> None:
+    guarded.suggest("a")
+    guarded.fail("a", BUSY)
+    again = guarded.suggest("b")
+    assert (again["params"], again["reference"]) == ({}, None)
+    guarded.end("b", 100.0)
+    assert [guarded.suggest(name)["params"] for name in ("c", "d")] == POINTS
+
+
+def test_answers_of_a_baseline_that_failed_later_are_answers(guarded: Search) -> None:
+    guarded.suggest("a")
+    guarded.fail("a", replace(NO_MEMORY, stage=Stage.LOAD), "an answer")
+    assert guarded.suggest("b")["reference"] == Quality(9.0, ("an answer",))
+
+
+def test_without_any_answer_of_the_baseline_the_search_ends_and_says_why(guarded: Search) -> None:
+    guarded.suggest("a")
+    guarded.fail("a", NO_MEMORY)
+    assert guarded.suggest("b") == Searcher.FINISHED
+    assert "the baseline has given no answers that others could be held against" in str(guarded.reporter.ending)

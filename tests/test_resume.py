@@ -65,6 +65,7 @@ def test_a_study_that_still_runs_is_left_alone(tmp_path: Path) -> None:
         ({"model": "other"}, "model was 'simulated-model' .* is 'other' now"),
         ({"search_space": {"max-num-seqs": {"choice": [2, 8]}}}, "search_space.* was"),
         ({"objective": {"slo": {"ttft_ms": {"mean": 5.0}}}}, "objective.slo.* was"),
+        ({"resources": {"price_per_hour": 2.0}}, "resources.price_per_hour was"),
     ],
 )
 def test_a_change_in_what_is_measured_is_refused_and_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:

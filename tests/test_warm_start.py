@@ -12,11 +12,11 @@ import pytest
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.study.errors import ConfigError
-from raytune_autotuner.study.failure import Blame
+from raytune_autotuner.study.failure import Blame, Kind
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.space import setting_key
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import State, TrialRow
+from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.cache import Cache, read_cache
 from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import best_of, learn_from_earlier
@@ -25,6 +25,7 @@ from tests.searches import Search
 from tests.studies import optuna_trials, run_study, write_study
 from tests.study_folders import make_folder
 
+COST = "cost_per_million_tokens"
 SPACE: dict[str, Any] = {"max-num-seqs": {"choice": [2, 8, 64, 256]}, "block-size": {"choice": [7, 16]}}
 
 
@@ -66,12 +67,40 @@ def test_figures_are_judged_by_the_new_studys_objective(tmp_path: Path, earlier:
 
 
 @pytest.mark.parametrize(
+    ("quality", "learned"),
+    [(None, [0, 1]), ({}, [0, 1, 2]), ({"max_perplexity_rise": 0.001}, [0, 2]), ({"max_perplexity_rise": 0.9}, [0, 1])],
+    ids=["no guard", "the same", "stricter", "laxer"],
+)
+def test_what_would_be_judged_otherwise_in_quality_is_not_learned(
+    tmp_path: Path, quality: dict[str, Any] | None, learned: list[int]
+) -> None:
+    def lost(rise: float) -> dict[str, float]:
+        return {METRIC: 90.0, "perplexity_rise": rise, "answer_change": 0.0}
+
+    too_much = replace(NO_MEMORY, kind=Kind.QUALITY_LOSS)
+    rows = [
+        measured(0, 100.0),
+        replace(measured(1, 90.0, {"max-num-seqs": 2}), result=TrialResult(lost(0.01))),
+        replace(failed(2, {"max-num-seqs": 8}), result=TrialResult(lost(0.1), too_much)),
+    ]
+    before = make_folder(tmp_path, rows, load_study(write_study(tmp_path, quality={})))
+    study = later(tmp_path, before, quality=quality)
+    before.write_versions(versions_of(study))
+    (found,) = learn_from_earlier(study, versions_of(study))
+    assert [row.number for row in found.rows] == learned
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"workload": {"concurrency": 4}}, "workload was"),
         ({"engine": {"args": {"noise": 0.5}}}, "engine.args was"),
         ({"model": "another"}, "model was 'simulated-model' and is 'another'"),
         ({"resources": {"cpus": 1}}, "resources was"),
+        (
+            {"objective": {"maximize": None, "minimize": COST}, "resources": {"price_per_hour": 2.0}},
+            "resources.price_per_hour was None and is 2.0",
+        ),
     ],
 )
 def test_figures_of_another_study_are_refused_and_the_difference_is_named(

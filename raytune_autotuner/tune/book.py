@@ -28,6 +28,8 @@ class Book:
         """Trials of the search that use up the budget: measured or graded, not answered by an earlier run."""
         self.baseline: TrialRow | None = None
         """The measured baseline, once there is one; of a run that verifies an earlier one, its first restart."""
+        self.reference: TrialRow | None = None
+        """The baseline that others' answers are held against: the first that gave some, also if it failed later."""
         self.verifies_only = False
         """Whether nothing is searched: an earlier run's settings are measured again."""
         self._defaults: int | None = None
@@ -100,5 +102,7 @@ class Book:
         self.best = best_with(self.best, row, self._direction)
 
     def _note_baseline(self, row: TrialRow) -> None:
+        if self.reference is None and row.result.answers:
+            self.reference = row
         if self.baseline is None and row.state is State.MEASURED:
             self.baseline = row

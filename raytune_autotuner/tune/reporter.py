@@ -131,11 +131,11 @@ class TrialReporter:
 
     @property
     def reference(self) -> Quality | None:
-        """What the baseline's engine answered; None without `quality`, or before the baseline has ended."""
-        baseline = self.baseline
-        if self._study.quality is None or baseline is None:
+        """What the baseline's engine answered; None without `quality`, or before a baseline that did has ended."""
+        asked = self._book.reference
+        if self._study.quality is None or asked is None:
             return None
-        return Quality(baseline.result.metrics["perplexity"], baseline.result.answers)
+        return Quality(asked.result.metrics["perplexity"], asked.result.answers)
 
     def end_search(self, reason: str) -> None:
         """No new trials from now on; `reason` is for people."""

@@ -38,7 +38,6 @@ CHANGEABLE = (
     "trial.retries",
     "trial.log_limit_mb",
     "resources.max_concurrent",
-    "resources.price_per_hour",
     "ray.address",
     "results",
 )

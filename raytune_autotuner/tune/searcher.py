@@ -38,6 +38,10 @@ from raytune_autotuner.tune.warm_start import Learned, best_of
 logger = logging.getLogger(__name__)
 
 _MODES = {"maximize": "max", "minimize": "min"}
+NO_ANSWERS = (
+    "the baseline has given no answers that others could be held against (quality). Make the engine's defaults work by "
+    "engine.args, or leave quality out"
+)
 MAX_REFUSALS = 100
 """Suggestions refused in a row after which the space counts as exhausted."""
 
@@ -109,6 +113,8 @@ class StudySearch(OptunaSearch):
         while self._may_start():
             if not self._reporter.wanted or self._awaits_reference():
                 return None
+            if self._lacks_reference():
+                break
             ot_trial, params = self._ask()
             if ot_trial is None:
                 why = f"{MAX_REFUSALS} suggestions in a row were refused or known{self._last_refusal}"
@@ -147,8 +153,26 @@ class StudySearch(OptunaSearch):
         """Whether answers must be held against those of a baseline that has not ended yet."""
         if self._study.quality is None or self._reporter.reference is not None:
             return False
+        return any(not row.state.finished for row in self._baselines())
+
+    def _lacks_reference(self) -> bool:
+        """Whether answers must be held against a baseline's that has ended without any; the search ends with it."""
+        if self._study.quality is None or self._reporter.reference is not None:
+            return False
+        gone = bool(self._baselines()) and not any(one.user_attrs.get("name") for one in self._waiting())
+        if gone:
+            self._reporter.end_search(NO_ANSWERS)
+        return gone
+
+    def _baselines(self) -> list[TrialRow]:
+        """The trials that have started the engine's defaults, restarts included."""
         named = {row.number for row in self._reporter.rows if row.name}
-        return any(row.number in named or row.verifies in named for row in self._reporter.live)
+        rows = (row for row in self._reporter.rows if row.state is not State.EARLIER)
+        return [row for row in rows if row.number in named or row.verifies in named]
+
+    def _waiting(self) -> list[optuna.trial.FrozenTrial]:
+        """What is queued."""
+        return self.ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
     def _verification(self, trial_id: str) -> Any:
         """The search is over: the next finalist to measure again, if one is due and may still begin."""
@@ -160,7 +184,7 @@ class StudySearch(OptunaSearch):
         due = next_restart(self._study, self._reporter.rows, self._finalists) if self._may_verify() else None
         if due is not None and self._reporter.verifies_only and self._awaits_reference():
             return None
-        if due is None:
+        if due is None or (not due[0].name and self._lacks_reference()):
             return None if live else Searcher.FINISHED
         row, restart = due
         filled = {**self._defaults, **row.params}
@@ -183,7 +207,7 @@ class StudySearch(OptunaSearch):
                 given = frozen.user_attrs
                 self._enqueue(given["params"], name=given["name"], retry_of=given.get("retry_of"))
         for row in again:
-            self._enqueue(row.params, name=row.name, retry_of=row.number)
+            self._enqueue_again(row)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Intermediate results stay out of Optuna: a trial is told once, at its end."""
@@ -204,7 +228,7 @@ class StudySearch(OptunaSearch):
         self._teller.tell(self.ot_study, self._ot_trials.pop(row.trial_id), row)
         self._lessons.note(row)
         if self._reporter.to_retry(row):
-            self._enqueue(row.params, name=row.name, retry_of=row.number)
+            self._enqueue_again(row)
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles its parts; what is worth keeping stands in Optuna's storage and the results folder.
@@ -235,6 +259,15 @@ class StudySearch(OptunaSearch):
             self._enqueue(point)
         if best is not None:
             self._enqueue(best.params)
+
+    def _enqueue_again(self, row: TrialRow) -> None:
+        """Queue a trial that was lost; the baseline before whatever waits, since all else is held against it."""
+        before = [one.user_attrs for one in self._waiting()] if row.name else []
+        for _ in before:
+            self.ot_study.tell(self.ot_study.ask(), state=TrialState.FAIL)
+        self._enqueue(row.params, name=row.name, retry_of=row.number)
+        for given in before:
+            self._enqueue(given["params"], name=given["name"], retry_of=given.get("retry_of"))
 
     def _enqueue(self, params: Params, name: str = "", retry_of: int | None = None) -> None:
         """Queue exactly `params`; Optuna is given the defaults in force beside them, as far as the space has them."""

@@ -14,8 +14,11 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.runs import open_run
 from raytune_autotuner.report.store import place
 from raytune_autotuner.report.verdict import best_so_far
+from raytune_autotuner.score.metrics import AGAINST_BASELINE
 from raytune_autotuner.score.objective import judged
+from raytune_autotuner.score.quality import QualityLoss, judge
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.failure import Kind
 from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
@@ -50,13 +53,17 @@ def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learne
 
 
 def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
-    then, now = fingerprint(earlier.load_study(), earlier.read_versions()), fingerprint(study, versions)
+    before, price = earlier.load_study(), "resources.price_per_hour"
+    then, now = fingerprint(before, earlier.read_versions()), fingerprint(study, versions)
+    if any(metric.startswith("cost_") for metric, _ in study.objective.targets):
+        then, now = ({**of, price: one.resources.price_per_hour} for of, one in ((then, before), (now, study)))
     _check_same(then, mask_values(now), earlier.place)
     ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None and not row.at_fault]
     inside = [row for row in ended if _is_inside(study, row.params)]
+    told = [row for row in inside if _is_judged_alike(study, row)]
     return Learned(
         earlier,
-        tuple(judged(study, replace(row, name="", retry_of=None), row.result) for row in inside),
+        tuple(judged(study, replace(row, name="", retry_of=None), row.result) for row in told),
         len(ended) - len(inside),
     )
 
@@ -90,6 +97,16 @@ def _is_inside(study: Study, params: Mapping[str, Any]) -> bool:
     if not params.keys() <= known.keys() or study.space.violated(params, study.fixed):
         return False
     return all(known[name].distribution.contains(value) for name, value in params.items())
+
+
+def _is_judged_alike(study: Study, row: TrialRow) -> bool:
+    """Whether this study would say the same of what the setting lost in quality, as far as that was asked."""
+    failure, metrics = row.result.failure, row.result.metrics
+    too_much = failure is not None and failure.kind is Kind.QUALITY_LOSS
+    if study.quality is None or not all(name in metrics for name in AGAINST_BASELINE):
+        return not too_much
+    lost = QualityLoss(*(metrics[name] for name in AGAINST_BASELINE))
+    return too_much == (judge(lost, study.quality) is not None)
 
 
 def best_of(study: Study, learned: Sequence[Learned]) -> TrialRow | None:
