@@ -179,6 +179,18 @@ def test_a_trial_that_is_ended_between_two_loads_keeps_what_it_measured_and_leav
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.parametrize(("answered", "stage"), [(3, Stage.WARMUP), (21, Stage.LOAD)])
+def test_an_engine_that_dies_under_load_has_got_as_far_as_its_trial(
+    tmp_path: Path, answered: int, stage: Stage
+) -> None:
+    fault = f"crash@load:after={answered}"  # a probe, two to warm up, and two levels of 12
+    load = {"concurrency": [1, 2], "requests": 12, "warmup_requests": 4, "traffic": "D(8,4)"}
+    failure = play(tmp_path, {"engine": {"args": {"fault": fault}}, "workload": load}).result.failure
+    assert failure is not None
+    assert (failure.stage, failure.kind) == (stage, Kind.ENGINE_DIED)
+    assert stage is Stage.WARMUP or 0.5 <= failure.share < 0.9  # what failed with the engine is no progress
+
+
 def test_the_engines_own_figures_lie_beside_the_requests(tmp_path: Path) -> None:
     played = play(tmp_path, {"engine": {"args": {"speed": 0.05}}, "workload": {"requests": 32}})
     assert (played.folder / SAMPLES).is_file()

@@ -17,7 +17,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -138,7 +138,7 @@ class Evaluation:
             self._keep(None, "interrupted")
             raise
         except TrialFailed as failed:
-            failure = failed.failure
+            failure = self._placed(failed.failure)
         except Exception as error:  # noqa: BLE001  the trial boundary: what went wrong is its result
             self._log.write(self.stage, traceback.format_exc())
             failure = self._unexpected(error)
@@ -362,7 +362,7 @@ class Evaluation:
 
         def progress(finished: int, total: int, failed: int) -> None:
             nonlocal answered
-            self._moved(stage, (done + finished / max(total, 1)) / of, always=finished > answered)
+            self._moved(stage, (done + (finished - failed) / max(total, 1)) / of, always=finished > answered)
             answered = finished
             self._load_log.write(
                 stage, f"{level.label} round {number}: {finished} of {total} requests, {failed} failed"
@@ -459,6 +459,12 @@ class Evaluation:
 
     def _fail(self, kind: Kind, evidence: str, remedy: str, blame: Blame = Blame.PARAMETERS) -> NoReturn:
         raise TrialFailed(Failure(self.stage, kind, blame, evidence, remedy, self.share))
+
+    def _placed(self, failure: Failure) -> Failure:
+        """The failure of an engine under load, put where the trial is: a log does not tell warm-up from load."""
+        if failure.stage is Stage.LOAD and self.stage.order >= Stage.READY.order:
+            return replace(failure, stage=self.stage, share=self.share)
+        return failure
 
     def _unexpected(self, error: Exception) -> Failure:
         evidence = f"{type(error).__name__}: {error}".splitlines()[0]
