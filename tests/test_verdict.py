@@ -54,6 +54,17 @@ def test_scores_of_different_hardware_are_not_compared_without_saying_so() -> No
     assert "2 on H100; 1 on A100" in str(study_verdict(make_study(), rows).warning)
 
 
+def test_a_scan_that_found_no_end_says_so() -> None:
+    scan = make_study(
+        workload={"concurrency": [4, 16]}, objective={"maximize": "max_load_under_slo", "slo": {"ttft_ms": {"mean": 9}}}
+    )
+    rows = [measured(number, load) for number, load in enumerate((4.0, 16.0, 16.0))]
+    rows = [replace(row, result=replace(row.result, metrics={"max_load_under_slo": row.score or 0})) for row in rows]
+    assert study_verdict(scan, rows[:1]).warning is None
+    assert "level, 16, kept the SLOs in trial 1: add higher" in str(study_verdict(scan, rows[:2]).warning)
+    assert "in 2 trials, which cannot be told apart" in str(study_verdict(scan, rows).warning)
+
+
 # By restarts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from raytune_autotuner.report import wording
 from raytune_autotuner.report.finalists import Contender, Targets, as_good, contenders
+from raytune_autotuner.score import slo
 from raytune_autotuner.score.comparison import Comparison, too_noisy
 from raytune_autotuner.score.pareto import cost, dominates, knee, pareto_front
 from raytune_autotuner.study.space import Params, changes
@@ -96,11 +97,20 @@ def study_verdict(study: Study, rows: Sequence[TrialRow], defaults: Params | Non
     objective = study.objective
     fixed = study.fixed if defaults is None else defaults
     answer = verdict(rows, objective.direction, objective.metric, fixed, objective.targets)
-    mixed = wording.mixed_hardware(hardware_of(rows))
-    answer = replace(answer, warning=" ".join(filter(None, (answer.warning, mixed))) or None)
+    warnings = (answer.warning, wording.mixed_hardware(hardware_of(rows)), _ceiling(study, rows))
+    answer = replace(answer, warning=" ".join(filter(None, warnings)) or None)
     if study.engine.search_weights == "real" or answer.verified or answer.winner is None:
         return answer
     return replace(answer, sentence=f"{answer.sentence} All figures are of dummy weights (engine.search_weights).")
+
+
+def _ceiling(study: Study, rows: Iterable[TrialRow]) -> str | None:
+    """That a scan for the highest load has found no end to it."""
+    if not slo.scans_loads(study.objective):
+        return None
+    highest = max(slo.loads(study.workload).values())
+    own = [row for row in rows if row.state is State.MEASURED and row.feasible and row.verifies is None]
+    return wording.ceiling(highest, [row.number for row in own if row.result.metrics.get(slo.MAX_LOAD) == highest])
 
 
 def hardware_of(rows: Iterable[TrialRow]) -> Counter[str]:

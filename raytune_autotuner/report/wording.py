@@ -188,6 +188,14 @@ def mixed_hardware(measured: Mapping[str, int]) -> str | None:
     )
 
 
+def ceiling(highest: float, trials: Sequence[int]) -> str | None:
+    """That settings keep the SLOs at the highest load level that was asked for; None where none does."""
+    if not trials:
+        return None
+    where = f"{len(trials)} trials, which cannot be told apart" if len(trials) > 1 else f"trial {trials[0]}"
+    return f"The highest load level, {highest:g}, kept the SLOs in {where}: add higher ones to the workload."
+
+
 # Sentences on single measurements
 
 
