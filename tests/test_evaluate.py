@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,22 @@ def test_an_engine_that_dies_under_load_has_got_as_far_as_its_trial(
     assert failure is not None
     assert (failure.stage, failure.kind) == (stage, Kind.ENGINE_DIED)
     assert stage is Stage.WARMUP or 0.5 <= failure.share < 0.9  # what failed with the engine is no progress
+
+
+def test_a_load_whose_trial_is_about_to_be_ended_writes_down_what_it_has_measured(tmp_path: Path) -> None:
+    kept = tmp_path / "trial" / "requests.parquet"
+    written: list[int] = []
+
+    def look(stage: Stage, share: float) -> None:
+        if stage is Stage.LOAD and kept.exists():
+            written.append(len(pd.read_parquet(kept).query("phase == 'measure'")))
+
+    load = {"concurrency": 1, "requests": 16, "traffic": "D(8,8)", "warmup_requests": 0}
+    changes = {"engine": {"args": {"speed": 0.2}}, "workload": load}
+    trial = evaluation(tmp_path, changes, {}, last_words=time.monotonic(), on_progress=look)
+    run_through(trial)
+    assert 0 < written[0] < 16
+    assert len(pd.read_parquet(kept).query("phase == 'measure'")) == 16
 
 
 def test_the_engines_own_figures_lie_beside_the_requests(tmp_path: Path) -> None:

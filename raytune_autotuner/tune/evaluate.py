@@ -6,6 +6,7 @@ Knows neither Ray nor Optuna: a trial can be run and debugged by hand. Everythin
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import socket
@@ -99,6 +100,8 @@ class Evaluation:
     """What the baseline's engine answered; None for the baseline itself."""
     deadline: float = 0.0
     """On `time.monotonic()`'s clock."""
+    last_words: float = math.inf
+    """On the same clock: then a load writes down what it has measured, for its trial may be ended from outside."""
     stage: Stage = Stage.ARGUMENTS
     share: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -367,6 +370,9 @@ class Evaluation:
             self._load_log.write(
                 stage, f"{level.label} round {number}: {finished} of {total} requests, {failed} failed"
             )
+            if time.monotonic() >= self.last_words:
+                self.last_words = math.inf
+                self._keep_requests([*self._records, *kept])
 
         kept: list[RequestRecord] = []
         try:
@@ -544,9 +550,8 @@ class Evaluation:
 
         A trial that was ended early has no result of its own, lest its part be taken for the whole.
         """
+        self._keep_requests(self._records)
         try:
-            write_records(self.workdir / REQUESTS, self._records)
-            write_series(self.workdir / SAMPLES, self._watched)
             if result is not None:
                 write_result(self.workdir, result)
             self._log.write(self.stage, said)
@@ -555,6 +560,13 @@ class Evaluation:
         finally:
             self._log.close()
             self._load_log.close()
+
+    def _keep_requests(self, records: Sequence[RequestRecord]) -> None:
+        try:
+            write_records(self.workdir / REQUESTS, records)
+            write_series(self.workdir / SAMPLES, self._watched)
+        except OSError as error:
+            logger.error("%s: could not be written: %s", self.workdir, error)
 
 
 def middle(held: Level, missed: Level) -> Level | None:

@@ -34,6 +34,8 @@ from raytune_autotuner.tune.standing import Standing
 
 BACKSTOP_S = 2.0
 """The actor's own deadline lies so much after the monitor's, which is the one that counts."""
+LAST_WORDS_S = 1.2
+"""Before the monitor's deadline: a load is heard twice a second, and its requests take some tenths of one to write."""
 A_TRACE = 0.001
 """Of an accelerator's name, which Ray counts as a resource of which each such node has 1."""
 BEAT_S = 0.2
@@ -116,7 +118,8 @@ class EngineTrial(tune.Trainable):
         study = self._job.study
         study = study.searched if self.config["restart"] is None else study
         workdir = self._job.trials_dir / f"{self.config['number']}-{self.trial_id}"
-        deadline = self._begun + study.trial.timeout_s + BACKSTOP_S
+        time_up = self._begun + study.trial.timeout_s
+        deadline = time_up + BACKSTOP_S
         # Without this a trial that holds no GPU would see all of them.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         return Evaluation(
@@ -133,6 +136,7 @@ class EngineTrial(tune.Trainable):
             restart=self.config["restart"],
             reference=self.config["reference"],
             deadline=deadline,
+            last_words=time_up - LAST_WORDS_S,
             followers=self._followers(study, workdir, deadline),
             address=address_here(),
         )
