@@ -31,6 +31,7 @@ from raytune_autotuner.study.failure import Stage
 from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_values
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from tests.report_samples import (
+    BASE,
     METRIC,
     NO_MEMORY,
     again,
@@ -40,6 +41,7 @@ from tests.report_samples import (
     running,
     sample_rows,
     setting,
+    verified,
     verified_rows,
 )
 
@@ -320,6 +322,15 @@ def test_what_the_winner_was_worth_when_measured_again_stands_above_it(folder: R
     assert f"# {METRIC} 140, baseline 100: +40.0 % (95 % interval +38.7 to +41.3 %); means of 5 restarts, noise" in text
     assert "one measurement" not in text
     assert text.splitlines()[2] in folder.launch_file.read_text()
+
+
+def test_that_the_defaults_are_kept_stands_above_them_in_both_files(folder: ResultsFolder) -> None:
+    rows = verified([measured(0, 100.0), measured(1, 120.0, setting(16))], {0: BASE, 1: (90.0, 99.0, 108.0)})
+    answer = study_verdict(make_study(), rows)
+    write_best(folder, make_study(), rows[0], answer, "m", "vllm serve m")
+    for file in (folder.best_file, folder.launch_file):
+        assert f"# Verdict: {answer.sentence} {answer.warning}\n" in file.read_text()
+    assert answer.sentence.startswith("No significant gain: keep the defaults.")
 
 
 def test_the_verdict_is_left_for_programs_without_secrets(folder: ResultsFolder) -> None:

@@ -1,4 +1,4 @@
-"""The winner as files: `best.yaml` for the engine, `launch.sh` to serve it, both with what the setting was worth."""
+"""The winner as files: `best.yaml` for the engine, `launch.sh` to serve it, both with their worth and the verdict."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def _provenance(study: Study, row: TrialRow, run: str, answer: Verdict) -> str:
     lines += [f"{text}." for text in worth(study, row, answer)]
     if not keeps_slos(row, answer):
         lines.append("It does not meet every SLO of the study.")
+    lines += [f"Verdict: {' '.join(filter(None, (answer.sentence, answer.warning)))}"]
     return comment(map(mask, lines))
 
 

@@ -308,6 +308,8 @@ class _Run:
     def _write_best(self, answer: Verdict) -> tuple[str, str] | None:
         """Keep the winner; returns how it is launched, None where there is no winner, or no node left to ask."""
         if answer.winner is None:
+            for stale in (self.folder.best_file, self.folder.launch_file):  # of the run before it was resumed
+                stale.unlink(missing_ok=True)
             return None
         try:
             lines, model = self.engine.launch_lines(answer.winner.params), self.engine.config_model()
