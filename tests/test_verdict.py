@@ -130,6 +130,15 @@ def test_a_restart_that_failed_by_the_studys_fault_is_held_against_nobody() -> N
     assert answer.sentence == judged({0: SAME, 1: GOOD}, finalists()[:2]).sentence
 
 
+def test_where_the_study_was_to_blame_for_every_restart_of_the_defaults_single_measurements_decide() -> None:
+    rows = verified(finalists()[:2], {1: GOOD})
+    lost = again(90, rows[0], 0)
+    fault = replace(lost.result.failure, blame=Blame.STUDY)  # type: ignore[type-var]
+    answer = verdict([*rows, replace(lost, result=replace(lost.result, failure=fault))], "maximize", METRIC)
+    assert not answer.verified
+    assert answer.sentence.endswith(" Measuring again was cut short.")
+
+
 def test_a_finalist_that_misses_an_slo_in_most_restarts_is_out() -> None:
     rows = verified(finalists()[:2], {0: BASE})
     missing = [again(90 + i, rows[1], i, score, violation=(0.1, 0.2, -0.1)[i]) for i, score in enumerate(GOOD[:3])]
@@ -143,7 +152,12 @@ def test_a_finalist_that_misses_an_slo_in_most_restarts_is_out() -> None:
 def test_one_missed_slo_of_three_restarts_does_not_decide() -> None:
     rows = verified(finalists()[:2], {0: BASE})
     mostly = [again(90 + i, rows[1], i, score, violation=(-0.1, 0.2, -0.1)[i]) for i, score in enumerate(GOOD[:3])]
-    assert not verdict([*rows, *mostly], "maximize", METRIC).keeps_defaults
+    answer = verdict([*rows, *mostly], "maximize", METRIC)
+    assert not answer.keeps_defaults
+    assert answer.sentence.endswith(" It missed an SLO in 1 of 3 restarts.")
+    bad = verified(finalists()[:2], {0: BASE[:3]}, violation=0.4)
+    answer = verdict([*bad, *mostly], "maximize", METRIC)
+    assert "and every SLO met in 2 of 3 restarts, which differ by" in answer.sentence
 
 
 def test_a_lost_restart_that_was_run_again_counts_once() -> None:

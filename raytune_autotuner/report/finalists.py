@@ -99,6 +99,11 @@ class Contender:
         return statistics.median(found) if found else None
 
     @property
+    def missed(self) -> int:
+        """In how many of the restarts an SLO was missed; where it `holds`, in fewer than half of them."""
+        return sum(row.violation is not None and row.violation > 0 for row in self.measured)
+
+    @property
     def ended(self) -> bool:
         """Whether there are restarts enough to speak of it."""
         return self.failed is not None or len(self.measured) >= ENOUGH

@@ -132,8 +132,9 @@ def verdict(
     """
     goals = tuple(targets) or ((metric, direction),)
     again = contenders(rows, goals)
-    if _decidable(again):
-        found = _by_restarts(again, goals, fixed or {}, baseline_of(rows))
+    baseline = baseline_of(rows)
+    if _decidable(again, baseline):
+        found = _by_restarts(again, goals, fixed or {}, baseline)
     else:
         found = _by_single(rows, goals, fixed or {})
     return replace(found, targets=goals, front=_front(rows, goals))
@@ -158,10 +159,12 @@ def best_with(best: TrialRow | None, row: TrialRow, direction: Direction) -> Tri
 # By restarts
 
 
-def _decidable(again: Sequence[Contender]) -> bool:
-    """Whether the defaults, if they were measured at all, and one finalist have ended."""
-    finalists = [one for one in again if not one.is_baseline]
-    return any(one.ended for one in finalists) and all(one.ended for one in again if one.is_baseline)
+def _decidable(again: Sequence[Contender], baseline: TrialRow | None) -> bool:
+    """Whether the defaults, if there is something to measure of them again, and one finalist have ended."""
+    due = baseline is not None and baseline.state in (State.MEASURED, State.EARLIER)
+    defaults = [one for one in again if one.is_baseline]
+    ended = any(one.ended for one in again if not one.is_baseline) and all(one.ended for one in defaults)
+    return ended and (bool(defaults) or not due)
 
 
 def _by_restarts(again: Sequence[Contender], targets: Targets, fixed: Params, baseline: TrialRow | None) -> Verdict:

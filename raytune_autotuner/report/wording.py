@@ -123,6 +123,8 @@ def gain(
     text = f"Run {winner.name}: {figures(winner, defaults, targets)}."
     if ties:
         text += f" {_names(ties)} cannot be told from it; it changes the least."
+    if winner.missed:
+        text += f" It missed an SLO in {winner.missed} of {_restarts(winner)}."
     return f"{text} {_sentence(_out(finalists))}".rstrip()
 
 
@@ -156,12 +158,13 @@ def without_defaults(
     if winner is None or not winner.holds:
         return _nothing_holds(winner, defaults, finalists)
     values = "; ".join(f"{metric} {format_number(winner.mean(i))}" for i, (metric, _) in enumerate(targets))
+    kept = f"in {len(winner.measured) - winner.missed} of" if winner.missed else "over"
     own = winner.spread()
     noise = "" if own is None else f", which differ by {percent(own)}"
     reason = _not_measured(baseline) if defaults is None else why_out(defaults)
     if defaults is not None and defaults.failed is None:
         reason = f"{reason}, at {format_number(defaults.mean())}"
-    return f"Run {winner.name}: {values} and every SLO met over {_restarts(winner)}{noise}; the defaults {reason}."
+    return f"Run {winner.name}: {values} and every SLO met {kept} {_restarts(winner)}{noise}; the defaults {reason}."
 
 
 def warning(one: Contender, noisy: TooNoisy) -> str:
