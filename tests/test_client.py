@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +477,31 @@ def test_a_client_that_cannot_keep_up_is_the_bottleneck(seen: dict[str, Any], ev
     if trouble is not None:
         assert trouble.kind is Kind.CLIENT_LIMITED
         assert re.search(str(evidence), trouble.evidence)
+
+
+def test_a_client_without_sockets_is_the_bottleneck_and_not_the_engine() -> None:
+    (record,) = outcome_of().records
+    failed = replace(record, error="OSError: [Errno 24] Too many open files")
+    trouble = replace(outcome_of(), records=(record, failed)).trouble
+    assert trouble is not None
+    assert (trouble.kind, trouble.blame) == (Kind.CLIENT_LIMITED, Blame.STUDY)
+    assert "no sockets for 1 requests, the first with: OSError: [Errno 24]" in trouble.evidence
+    gone = replace(record, error="ConnectionRefusedError: [Errno 111] Connect call failed")
+    assert replace(outcome_of(), records=(record, gone)).trouble is None
+
+
+def test_a_load_may_have_more_sockets_than_the_shell_allows() -> None:
+    async def slowly(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.3)
+        await well(body, writer)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        outcome = load(slowly, requests(40), Level("c40", 40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [record.error for record in outcome.records] == [None] * 40
 
 
 @pytest.mark.parametrize(("jump_s", "spoilt"), [(0.4, False), (-0.4, False), (0.6, True), (-3600.0, True)])

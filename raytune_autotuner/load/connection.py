@@ -9,6 +9,7 @@ redirects and compression are not; whatever else comes in is a `BadAnswer`.
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeAlias, cast
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from raytune_autotuner.load.stream import BadAnswer, message_in, short
 
 _BUFFER_BYTES = 2**16
+_MAX_SOCKETS = 2**16
 _MAX_HEAD_BYTES = 2**16
 _MAX_CHUNK_BYTES = 2**22
 _MAX_SIZE_LINE_BYTES = 2**10
@@ -38,6 +40,7 @@ class Pool:
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        _allow_sockets()
 
     def request(self, path: str, body: bytes) -> bytes:
         """A POST of JSON, ready to be sent."""
@@ -215,6 +218,14 @@ class Connection(asyncio.BufferedProtocol):
     def _take_all(self, data: bytes, now: float) -> bytes:
         self._feed(data, now)
         return b""
+
+
+def _allow_sockets() -> None:
+    """Let this process open as many sockets as it may; the usual soft limit of 1,024 is for those who use select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_SOCKETS if hard == resource.RLIM_INFINITY else min(hard, _MAX_SOCKETS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _parse_head(head: bytes) -> tuple[int, dict[bytes, bytes]]:

@@ -5,9 +5,11 @@ In: what a client knows of itself. Out: a `Trouble`, or None. Pure, but for `Clo
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +36,10 @@ MIN_AWAY_S = 0.5
 MAX_CLOCK_JUMP_S = 0.5
 """Above what two clocks read one after the other can differ by, and below any suspension worth the name."""
 _READINGS = 5
+_NO_SOCKETS = re.compile(
+    rf"\[Errno ({errno.EMFILE}|{errno.ENFILE}|{errno.EADDRNOTAVAIL}|{errno.ENOBUFS}|{errno.ENOMEM})\]"
+)
+"""Errors of the client's own machine, which no engine can make."""
 
 
 class Trouble(NamedTuple):
@@ -80,11 +86,26 @@ def find_trouble(
     processes: int = 1,
 ) -> Trouble | None:
     """What spoils the load, the worst first; None where nothing does."""
+    if (starved := starvation(records)) is not None:
+        return starved
     if abs(clock_jump_s) > MAX_CLOCK_JUMP_S:
         return _of_clock(clock_jump_s)
     if cpu_share > MAX_CPU_SHARE:
         return _of_cpu(cpu_share, processes)
     return _of_lag(records, lags_ms)
+
+
+def starvation(records: Iterable[RequestRecord]) -> Trouble | None:
+    """That the client had no sockets for requests, which then failed through no fault of the engine."""
+    errors = [record.error for record in records if record.error is not None and _NO_SOCKETS.search(record.error)]
+    if not errors:
+        return None
+    return Trouble(
+        Kind.CLIENT_LIMITED,
+        f"the load client had no sockets for {len(errors)} requests, the first with: {errors[0]}",
+        "Lower the load, or raise the limit of open files (ulimit -n).",
+        Blame.STUDY,
+    )
 
 
 def _of_lag(records: Sequence[RequestRecord], lags_ms: Sequence[float]) -> Trouble | None:

@@ -229,7 +229,8 @@ def knee(winner: TrialRow, baseline: TrialRow | None, front: Sequence[int], targ
     ]
     who = "Keep the defaults" if winner.name == BASELINE else f"Run trial {winner.number}"
     others = [str(number) for number in front if number != winner.number]
-    place = f"the knee of a Pareto front with trials {', '.join(others)}" if others else "no other setting is as good"
+    with_them = f"trial{'s' if len(others) > 1 else ''} {', '.join(others)}"
+    place = f"the knee of a Pareto front with {with_them}" if others else "no other setting is as good"
     return f"{who}: {', '.join(parts)}; {place}. Each was measured once, so small gains may be noise."
 
 

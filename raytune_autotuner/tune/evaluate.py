@@ -37,7 +37,7 @@ from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
-from raytune_autotuner.load.trouble import processes_wanted
+from raytune_autotuner.load.trouble import processes_wanted, starvation
 from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
 from raytune_autotuner.report.course import REQUESTS, SAMPLES
 from raytune_autotuner.report.logs import LogWriter
@@ -406,7 +406,7 @@ class Evaluation:
             del self._records[-len(kept) :]
             return None
         if load.trouble is not None:
-            self._fail(load.trouble.kind, load.trouble.evidence, load.trouble.remedy, load.trouble.blame)
+            self._fail(*load.trouble)
         return load.duration_s
 
     def _takes_more_clients(self, load: client.LoadRun, level: Level) -> bool:
@@ -441,6 +441,8 @@ class Evaluation:
         share = len(failed) / max(len(load.records), 1)
         if not load.complete:
             self._out_of_time()
+        if (starved := starvation(load.records)) is not None:
+            self._fail(*starved)
         if share > self.study.trial.max_failed_share:
             self._await_death(server)
             self._fail(
