@@ -402,7 +402,7 @@ class TrialSpec(_Model):
     """How often a trial that failed through no fault of its setting (a killed actor, a taken port) is run again;
     those lost with their node do not count."""
     max_failed_share: Annotated[float, Field(ge=0, lt=1, strict=True, json_schema_extra=_SHARE)] = 0.05
-    """A trial of which a larger share of requests failed has no score."""
+    """A trial has no score where a larger share of the requests of one load failed, warm-up included."""
     log_limit_mb: PositiveNumber = 64.0
     """Beyond this size an engine's log keeps only its head and its tail."""
 
