@@ -63,6 +63,18 @@ def test_the_first_suggestions_are_the_baseline_the_studys_points_and_the_sample
     assert "must be divisible" in (found.suggestions[1].refused or "")
 
 
+def test_the_load_is_told_in_requests_and_tokens(tmp_path: Path) -> None:
+    load = {"concurrency": [2, 8], "rounds": 3, "prefix": {"tokens": 8}}
+    assert "load      c2, c8 in 3 rounds: 16 requests each, of 40 + 8 tokens on average\n" in render(
+        explained(tmp_path, workload=load)
+    )
+    (tmp_path / "asked").write_text('{"prompt": "Why?", "output_tokens": 3}\n' * 9)
+    study = {**BASE, "workload": {"dataset": str(tmp_path / "asked"), "request_rate_rps": 4, "requests": 5}}
+    (path := tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    found = explain(load_study(path), tmp_path / "results")
+    assert str(found.load) == "r4: 5 requests each, of text and 3 tokens on average"
+
+
 def test_a_small_space_is_suggested_once_and_not_over_and_over(tmp_path: Path) -> None:
     found = explained(tmp_path, search_space={"max-num-seqs": {"choice": [2, 8, 64]}})
     shown = [json.dumps(one.params) for one in found.suggestions]

@@ -18,12 +18,13 @@ import optuna
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.engine.contract import Engine
+from raytune_autotuner.load.workload import lengths, levels
 from raytune_autotuner.report.runs import runs_at
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.wording import describe_params, format_duration
 from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import Study, Workload
 from raytune_autotuner.study.trial import State
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.cluster import Cluster, this_machine
@@ -45,6 +46,36 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What each trial is measured under."""
+
+    levels: tuple[str, ...]
+    rounds: int
+    requests: int
+    """At each level in each round."""
+    tokens_in: float | None
+    """Of a prompt, on average; None for text, whose tokens the engine counts."""
+    tokens_out: float
+    """Of an answer, on average."""
+
+    @classmethod
+    def of(cls, workload: Workload) -> Load:
+        """That of a study."""
+        scale = levels(workload)
+        sizes = [size for level in scale for size in lengths(workload, level)]
+        tokens_in, tokens_out = (sum(tokens) / len(sizes) for tokens in zip(*sizes, strict=True))
+        text = any(tokens == 0 for tokens, _ in sizes)
+        labels = tuple(level.label for level in scale)
+        return cls(labels, workload.rounds, len(sizes) // len(scale), None if text else tokens_in, tokens_out)
+
+    def __str__(self) -> str:
+        rounds = f" in {self.rounds} rounds" if self.rounds > 1 else ""
+        prompt = "text and" if self.tokens_in is None else f"{self.tokens_in:,.0f} +"
+        sizes = f"{self.requests:,} requests each, of {prompt} {self.tokens_out:,.0f} tokens on average"
+        return f"{', '.join(self.levels)}{rounds}: {sizes}"
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What a study comes to on this machine."""
 
@@ -56,6 +87,7 @@ class Explanation:
     reasons: Mapping[str, int]
     """Why they are refused, and how many of them."""
     sampler: str
+    load: Load
     machine: str
     slots: int
     """Trials at once."""
@@ -100,6 +132,7 @@ def explain(study: Study, results: Path | Store) -> Explanation:
         sum(refused.values()) / SAMPLED,
         refused,
         make_sampler(study, slots)[1],
+        Load.of(study.workload),
         cluster.shape,
         slots,
         trials,
@@ -163,6 +196,7 @@ def render(explained: Explanation) -> str:
         f"  space     {size} settings; {explained.refused_share:.0%} of random ones are refused before any start",
         *(f"              {count:>4}  {reason}" for reason, count in [*explained.reasons.items()][:5]),
         f"  sampler   {explained.sampler}",
+        f"  load      {explained.load}",
         f"  machine   {explained.machine}; {explained.slots} at once",
         f"  trials    {explained.trials}, then up to {explained.restarts} to measure the best again",
         f"  time      at most {format_duration(explained.at_most_s)}{_likely(explained)}",
