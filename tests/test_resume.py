@@ -81,12 +81,12 @@ def test_more_trials_and_a_longer_budget_are_no_such_change(tmp_path: Path) -> N
 
 
 def test_a_result_that_the_driver_did_not_live_to_see_is_kept(tmp_path: Path) -> None:
-    _, run = begun(tmp_path)
+    study, run = begun(tmp_path)
     run.write_rows([TrialRow(0, "a", "baseline", {}, State.MEASURED, score=1.0)])
     for number, trial_id in ((0, "a"), (1, "b"), (2, "c")):
         run.add_suggestion(TrialRow(number, trial_id, "", {"max-num-seqs": 2}))
     (run.trial_dir(1, "b") / "result.json").write_text(json.dumps({"metrics": {"drift": 0.5}, "failure": None}))
-    rows = kept_rows(run)
+    rows = kept_rows(run, study)
     assert [(row.number, row.state) for row in rows] == [
         (0, State.MEASURED),
         (1, State.RUNNING),
@@ -101,9 +101,27 @@ def test_a_trial_that_failed_by_the_studys_fault_says_nothing_and_is_run_again(t
     own = replace(fault, kind=Kind.OUT_OF_MEMORY, blame=Blame.PARAMETERS)
     run.write_rows([_failed(0, fault), _failed(1, own), _failed(2, fault)])
     assert unfinished_run(study, tmp_path / "results") == run
-    states = [(row.state, row.result.failure, row.penalty) for row in kept_rows(run)]
+    states = [(row.state, row.result.failure, row.penalty) for row in kept_rows(run, study)]
     gone = (State.INTERRUPTED, None, None)
     assert states == [gone, (State.FAILED, own, 1.5), gone]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"verify": {"restarts": 9}}, State.MEASURED),
+        ({"verify": {"top": 3}}, State.INTERRUPTED),
+        ({"search": {"trials": 9}}, State.INTERRUPTED),
+    ],
+)
+def test_restarts_are_measured_again_side_by_side_where_there_may_be_other_finalists(
+    tmp_path: Path, changes: dict[str, Any], state: State
+) -> None:
+    _, run = begun(tmp_path)
+    row = TrialRow(0, "a", "baseline", {}, State.MEASURED, score=1.0)
+    run.write_rows([row, replace(row, number=1, trial_id="b", name="", verifies=0, restart=0)])
+    kept = kept_rows(run, load_study(write_study(tmp_path, **changes)))
+    assert [one.state for one in kept] == [State.MEASURED, state]
 
 
 def _failed(number: int, failure: Failure) -> TrialRow:

@@ -146,10 +146,11 @@ def test_a_study_goes_on_on_another_machine(tmp_path: Path, store: Store, machin
     run = interrupted_run(tmp_path, store)
     bring(run)
     machine("another")
-    found = unfinished_run(load_study(write_study(tmp_path)), store)
+    study = load_study(write_study(tmp_path))
+    found = unfinished_run(study, store)
     assert (found.path, found.store) == (kept_in(store) / run.path.name, run.store)
     assert found.path != run.path
-    assert [row.number for row in kept_rows(found)] == [0]
+    assert [row.number for row in kept_rows(found, study)] == [0]
 
 
 def test_a_machine_that_knows_more_than_the_store_goes_on_from_that(tmp_path: Path, store: Store) -> None:

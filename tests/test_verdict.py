@@ -154,7 +154,7 @@ def test_one_missed_slo_of_three_restarts_does_not_decide() -> None:
     mostly = [again(90 + i, rows[1], i, score, violation=(-0.1, 0.2, -0.1)[i]) for i, score in enumerate(GOOD[:3])]
     answer = verdict([*rows, *mostly], "maximize", METRIC)
     assert not answer.keeps_defaults
-    assert answer.sentence.endswith(" It missed an SLO in 1 of 3 restarts.")
+    assert answer.sentence.endswith(" Trial 1 missed an SLO in 1 of 3 restarts.")
     bad = verified(finalists()[:2], {0: BASE[:3]}, violation=0.4)
     answer = verdict([*bad, *mostly], "maximize", METRIC)
     assert "and every SLO met in 2 of 3 restarts, which differ by" in answer.sentence

@@ -124,7 +124,7 @@ def gain(
     if ties:
         text += f" {_names(ties)} cannot be told from it; it changes the least."
     if winner.missed:
-        text += f" It missed an SLO in {winner.missed} of {_restarts(winner)}."
+        text += f" {_name(winner)} missed an SLO in {winner.missed} of {_restarts(winner)}."
     return f"{text} {_sentence(_out(finalists))}".rstrip()
 
 

@@ -42,6 +42,7 @@ CHANGEABLE = (
     "results",
 )
 """Keys that may differ from the interrupted run's: none of them changes what a trial measures."""
+_DECIDES_FINALISTS = [key for key in CHANGEABLE if key.startswith("search.")] + ["verify.top"]
 
 
 def unfinished_run(study: Study, results: Path | Store) -> ResultsFolder:
@@ -85,15 +86,22 @@ def check_claim(folder: ResultsFolder, claim: Claim | None) -> None:
         raise ConfigError(f"--resume: {folder.path} {what}; go on with it by {way}, or leave --resume out.")
 
 
-def kept_rows(folder: ResultsFolder) -> list[TrialRow]:
+def kept_rows(folder: ResultsFolder, study: Study) -> list[TrialRow]:
     """The run's trials by number; those that had not ended carry the result that they left behind, if any.
 
-    Those that failed by the study's fault count as interrupted: they say nothing of their settings.
+    Those that failed by the study's fault count as interrupted: they say nothing of their settings. So do restarts for
+    the verdict where `study` may find other finalists than the run's own: all are to be measured side by side.
     """
-    return [_kept(row) if row.state.finished else _with_result(folder, row) for row in folder.read_rows()]
+    then, now = (
+        dict(_flat(yaml.safe_load(text))) for text in (folder.study_file.read_text("utf-8"), study_yaml(study))
+    )
+    again = any(then.get(key) != now.get(key) for key in _DECIDES_FINALISTS)
+    return [_kept(row, again) if row.state.finished else _with_result(folder, row) for row in folder.read_rows()]
 
 
-def _kept(row: TrialRow) -> TrialRow:
+def _kept(row: TrialRow, measured_again: bool) -> TrialRow:
+    if measured_again and row.verifies is not None:
+        return replace(row, state=State.INTERRUPTED)
     if not row.at_fault:
         return row
     result = replace(row.result, failure=None)

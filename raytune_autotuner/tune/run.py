@@ -197,8 +197,9 @@ class _Run:
     def _take_over(self) -> list[TrialRow]:
         """What the interrupted run has measured already is kept; returns the trials to run once more."""
         self.begun -= elapsed_before_s(self.folder)
+        kept = kept_rows(self.folder, self.study)
         self.folder.write_study(self.study)
-        again = self.reporter.restore(kept_rows(self.folder), self.engine.defaults())
+        again = self.reporter.restore(kept, self.engine.defaults())
         self._look_whether_enough()
         return again
 
