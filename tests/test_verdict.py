@@ -203,6 +203,16 @@ def test_where_the_defaults_failed_in_the_search_already_the_finalist_wins() -> 
     assert answer.sentence.endswith("the defaults failed (out-of-memory).")
 
 
+def test_defaults_that_were_lost_in_the_search_are_compared_once_they_were_measured_again() -> None:
+    lost = replace(failed(0), state=State.LOST)
+    answer = verdict(verified([lost, *finalists()[1:]], {0: BASE, 1: GOOD, 2: SAME}), "maximize", METRIC)
+    assert answer.winner is not None
+    assert answer.winner.number == 1
+    assert answer.gain == pytest.approx(0.40, abs=0.01)
+    answer = verdict(verified([lost, *finalists()[1:]], {1: GOOD, 2: SAME}), "maximize", METRIC)
+    assert answer.sentence.endswith("the defaults could not be measured, by no fault of theirs (out-of-memory).")
+
+
 def test_where_the_defaults_miss_an_slo_a_finalist_that_keeps_it_wins_though_it_is_slower() -> None:
     slower = [measured(0, 200.0, violation=0.3), measured(1, 120.0, {"a": 1})]
     rows = [*slower, *(again(10 + i, slower[0], i, 200.0 + i, violation=0.3) for i in range(3))]

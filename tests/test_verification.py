@@ -52,6 +52,12 @@ def test_where_the_baseline_failed_the_best_are_measured_without_it() -> None:
     assert numbers(finalists(study(), [row(0, None), row(1, 120), row(2, 90)], {})) == [1, 2]
 
 
+def test_a_baseline_that_was_lost_by_no_fault_of_its_own_has_another_chance() -> None:
+    lost = [replace(row(number, None), name=BASELINE, state=State.LOST) for number in (0, 2)]
+    assert numbers(finalists(study(), [lost[0], row(1, 120), lost[1], row(3, 90)], {})) == [2, 1, 3]
+    assert numbers(finalists(study(), [lost[0], row(1, 120), replace(row(2, 110), name=BASELINE)], {})) == [2, 1]
+
+
 @pytest.mark.parametrize("rows", [[], [row(0, 100)], [row(0, 100), row(1, 90)], [row(0, None), row(1, None)]])
 def test_where_nothing_beats_the_baseline_nothing_is_measured_again(rows: list[TrialRow]) -> None:
     assert finalists(study(), rows, {}) == []

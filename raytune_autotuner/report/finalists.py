@@ -25,18 +25,23 @@ ENOUGH = 2
 def finalists(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:
     """The trials whose settings are worth measuring again, the baseline first; empty where there is nothing to decide.
 
-    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case. The
+    A setting that is worse than the baseline on first sight is no finalist: the defaults are kept in any case. A
+    baseline that was lost, by no fault of its own, has another chance: nobody knows yet what it is worth. The
     settings of an earlier run that is verified are all there is.
     """
     if taken := [row for row in rows if row.state is State.EARLIER]:
         return taken
     found = [row for row in rows if row.verifies is None and row.state is State.MEASURED]
-    baseline = next((row for row in reversed(found) if row.name == BASELINE), None)
+    baseline = next((row for row in [*reversed(found), *reversed(rows)] if _may_be_measured_baseline(row)), None)
     best = _best_first(study, [row for row in found if row.feasible], defaults)
     if baseline in best and len(study.objective.targets) == 1:
         best = best[: best.index(baseline)]
     top = [row for row in best if row.name != BASELINE][: study.verify.top]
     return ([] if baseline is None else [baseline]) + top if top else []
+
+
+def _may_be_measured_baseline(row: TrialRow) -> bool:
+    return row.name == BASELINE and row.verifies is None and row.state in (State.MEASURED, State.LOST)
 
 
 def _best_first(study: Study, rows: Sequence[TrialRow], defaults: Params) -> list[TrialRow]:

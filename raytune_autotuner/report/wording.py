@@ -268,7 +268,11 @@ def _nothing_holds(closest: Contender | None, defaults: Contender | None, finali
 
 def _not_measured(baseline: TrialRow | None) -> str:
     failure = None if baseline is None else baseline.result.failure
-    return "were not measured" if failure is None else f"failed ({failure.kind})"
+    if baseline is None or failure is None:
+        return "were not measured"
+    if baseline.state is State.LOST:
+        return f"could not be measured, by no fault of theirs ({failure.kind})"
+    return f"failed ({failure.kind})"
 
 
 def _cells(one: Contender, targets: Targets, i: int) -> list[str]:
