@@ -12,11 +12,12 @@ import pytest
 
 from raytune_autotuner.cli import main
 from raytune_autotuner.report.html.evidence import gather
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.results import ResultsFolder, write_result
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.score.objective import metrics_of_requests
 from raytune_autotuner.score.records import RequestRecord
-from raytune_autotuner.study.trial import TrialRow
+from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from tests.report_samples import METRIC, make_study
 from tests.study_folders import whole_study
 
@@ -85,6 +86,23 @@ def test_requests_that_are_gone_or_broken_are_named_and_the_table_stands_in(
         "No requests that can be read (requests.parquet) are left of trials 0, 2: these figures are the table's.\n"
     )
     assert said.err.strip() in html.unescape((folder.path / "report.html").read_text())
+
+
+def test_a_table_that_is_gone_is_made_up_for_by_what_the_trials_left(folder: ResultsFolder) -> None:
+    for row in folder.read_rows():
+        folder.add_suggestion(replace(row, state=State.PENDING, result=TrialResult(), score=None, scores=()))
+        write_result(folder.trial_dir(row.number, row.trial_id), row.result)
+    before = gather(folder)
+    folder.rows_file.unlink()
+    after = gather(folder)
+    assert [(row.state, row.score) for row in after.rows] == [(row.state, row.score) for row in before.rows]
+    assert (after.answer.sentence, after.notes) == (before.answer.sentence, ())
+
+
+def test_a_line_of_the_table_that_is_no_row_is_named(folder: ResultsFolder) -> None:
+    folder.rows_file.write_text(folder.rows_file.read_text() + '{"number": 7, and no more\n')
+    with pytest.raises(ConfigError, match=r"trials.jsonl, line 15: is no trial's row: Expecting"):
+        gather(folder)
 
 
 def test_what_requests_do_not_tell_is_the_tables(folder: ResultsFolder) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_autotuner.report.course import requests_of
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.results import ResultsFolder, read_result
 from raytune_autotuner.report.wording import format_number
 from raytune_autotuner.score.metrics import EmptySample, told_by_requests
 from raytune_autotuner.score.objective import judged, metrics_of_requests
+from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -39,6 +40,7 @@ class Recount:
 
 def recount(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> Recount:
     """`rows` with the figures that their requests give."""
+    rows = [row if row.state.finished else _ended(folder, study, row) for row in rows]
     with_figures = [row for row in rows if _has_figures(row)]
     again = {row.number: new for row in with_figures if (new := _again(folder, study, row)) is not None}
     gone = [row.number for row in with_figures if row.number not in again]
@@ -59,6 +61,14 @@ def _has_figures(row: TrialRow) -> bool:
     return row.state in (State.MEASURED, State.STOPPED) and bool(row.result.metrics) and row.taken_from is None
 
 
+def _ended(folder: ResultsFolder, study: Study, row: TrialRow) -> TrialRow:
+    """A trial that the table does not know of to have ended (its driver was killed), by the result that it left."""
+    result = read_result(folder.trial_dir(row.number, row.trial_id))
+    if result is None or (result.failure is not None and result.failure.blame is Blame.ENVIRONMENT):
+        return row
+    return judged(study, row, result)
+
+
 def _again(folder: ResultsFolder, study: Study, row: TrialRow) -> TrialRow | None:
     """None where its requests are gone."""
     requests = requests_of(folder.trial_dir(row.number, row.trial_id))
@@ -74,15 +84,12 @@ def _again(folder: ResultsFolder, study: Study, row: TrialRow) -> TrialRow | Non
 
 
 def _related(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """The rows, each with its place against the baseline's score, where it had one."""
+    """The rows, each with its place against the baseline's score."""
     earlier = {row.number for row in rows if row.state is State.EARLIER and row.name}
     baseline = next((r for r in rows if r.state is State.MEASURED and (r.name or r.verifies in earlier)), None)
     if baseline is None or not baseline.score:
         return list(rows)
-    return [
-        row if row.relative is None or row.score is None else replace(row, relative=row.score / baseline.score)
-        for row in rows
-    ]
+    return [row if row.score is None else replace(row, relative=row.score / baseline.score) for row in rows]
 
 
 def _gone(numbers: Sequence[int]) -> str:
@@ -104,7 +111,7 @@ def _difference(row: TrialRow, again: TrialRow) -> str | None:
 
 def _figures(row: TrialRow) -> dict[str, float | None]:
     """All numbers of a row by name, the score first."""
-    own = {"score": row.score, "violation": row.violation, "relative": row.relative}
+    own = {"score": row.score, "violation": row.violation}
     return own | {f"score {i + 1}": score for i, score in enumerate(row.scores)} | dict(row.result.metrics)
 
 

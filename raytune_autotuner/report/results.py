@@ -218,7 +218,13 @@ class ResultsFolder:
         """The trials that have ended, in the order in which they did; see `add_row`."""
         lines = self.rows_file.read_bytes().split(b"\n") if self.rows_file.exists() else [b""]
         # After the last line end comes half a line: of a driver that was killed, or that is writing it.
-        return (TrialRow.from_dict(json.loads(line)) for line in lines[:-1])
+        return (self._row(number, line) for number, line in enumerate(lines[:-1], start=1))
+
+    def _row(self, number: int, line: bytes) -> TrialRow:
+        try:
+            return TrialRow.from_dict(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.rows_file}, line {number}: is no trial's row: {error}.") from error
 
     def _suggested(self, ended: Container[int]) -> Iterator[TrialRow]:
         """The trials that have begun and are not among the `ended`."""

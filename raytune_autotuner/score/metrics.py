@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-import numpy as np
-
 from raytune_autotuner.score import records as recorded
 from raytune_autotuner.score.records import RequestRecord
 from raytune_autotuner.study.errors import AutotunerError
@@ -261,6 +259,8 @@ def _sample(completed: Sequence[RequestRecord], name: str) -> list[float]:
 
 def _statistics(sample: Sequence[float]) -> dict[str, float]:
     """The mean and the percentiles, by linear interpolation between the nearest ranks."""
+    import numpy as np  # takes a while, and whoever only names metrics does without
+
     values = np.asarray(sample, dtype=np.float64)
     percentiles = np.percentile(values, list(_PERCENTILES.values()))
     return {"mean": float(values.mean()), **dict(zip(_PERCENTILES, percentiles.tolist(), strict=True))}
