@@ -110,7 +110,7 @@ def _ceiling(study: Study, rows: Iterable[TrialRow]) -> str | None:
     """That a scan for the highest load has found no end to it."""
     if _MAX_LOAD not in study.objective.maximize:
         return None
-    highest = max(*study.workload.concurrency, *study.workload.request_rate_rps)
+    highest = max((*study.workload.concurrency, *study.workload.request_rate_rps))
     own = [row for row in rows if row.state is State.MEASURED and row.feasible and row.verifies is None]
     return wording.ceiling(highest, [row.number for row in own if row.result.metrics.get(_MAX_LOAD) == highest])
 
