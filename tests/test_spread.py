@@ -121,6 +121,12 @@ def test_a_request_timeout_holds_in_every_process(engine: Server, shared: Client
     assert all("request timeout" in (record.error or "") for record in run.records)
 
 
+def test_a_process_for_which_there_was_nothing_left_is_not_a_busy_one(engine: Server, shared: Clients) -> None:
+    run = send(shared, engine, requests(3, tokens_out=150))  # the first process has room for all three
+    assert (run.complete, run.processes, len(run.records)) == (True, 3, 3)
+    assert run.client_cpu_share < 0.5
+
+
 class EngineGone(Exception):
     pass
 

@@ -15,6 +15,7 @@ A client process (`work`) talks to the one that started it over a socket, and en
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import struct
 import subprocess
@@ -69,7 +70,7 @@ class Clients:
 
     def __init__(self) -> None:
         self._all: list[_Client] = []
-        # The places of a closed loop's requests. Its readers share one offset, so each place is read once.
+        # The places of a closed loop's requests. Its readers share one offset, so that each place is read once.
         self._queue = os.fdopen(os.memfd_create("requests"), "r+b")
 
     def __enter__(self) -> Clients:
@@ -181,13 +182,18 @@ def _parts(whole: Part, count: int) -> list[Part]:
 
 
 def _joined(runs: Sequence[LoadRun], requests: int) -> LoadRun:
-    """The parts as one load. The limit of CPU is a core's, so the busiest process counts; looks are pooled."""
+    """The parts as one load. The limit of CPU is a core's, so the busiest process counts; looks are pooled.
+
+    Its share is one of the whole load: a process that finds the queue empty already was busy for an instant only.
+    """
+    busiest_s = max(run.client_cpu_share * run.duration_s for run in runs)
+    duration_s = max(run.duration_s for run in runs)
     return LoadRun(
         tuple(sorted((record for run in runs for record in run.records), key=lambda record: record.index)),
         requests,
         all(run.complete for run in runs),
         runs[0].started_at,
-        max(run.client_cpu_share for run in runs),
+        busiest_s / duration_s if duration_s else 0.0,
         tuple(lag for run in runs for lag in run.loop_lags_ms),
         max((run.clock_jump_s for run in runs), key=abs),
         len(runs),
@@ -347,5 +353,14 @@ def _sent(part: Part, queue: int, parent: Connection) -> LoadRun | list[RequestR
 
 
 def _next_places(queue: int) -> Iterator[int]:
-    while place := os.read(queue, _PLACE.size):
+    while place := _read_alone(queue, _PLACE.size):
         yield _PLACE.unpack(place)[0]
+
+
+def _read_alone(file: int, size: int) -> bytes:
+    """Read while no other process does: the kernel moves the common offset of a memory file without a lock."""
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        return os.read(file, size)
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)
