@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -34,26 +33,22 @@ from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.engine.spanning import Follower, SpanningServer
 from raytune_autotuner.load import client, quality, spread, vllm_bench
 from raytune_autotuner.load.dialect import Dialect
-from raytune_autotuner.load.engine_metrics import EngineWatch, Sample, write_series
-from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
-from raytune_autotuner.load.parquet import write_records
+from raytune_autotuner.load.engine_metrics import EngineWatch
 from raytune_autotuner.load.trouble import processes_wanted, starvation
 from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
-from raytune_autotuner.report.course import REQUESTS, SAMPLES
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import write_result
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score import slo
-from raytune_autotuner.score.metrics import energy_metrics, summarize
-from raytune_autotuner.score.objective import trial_metrics
 from raytune_autotuner.score.quality import Quality, judge, loss
-from raytune_autotuner.score.records import Phase, RequestRecord, duration_s
+from raytune_autotuner.score.records import Phase, RequestRecord
 from raytune_autotuner.study.errors import TrialFailed
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.masking import learn, mask_line
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.tune.measured import Measured
 
 logger = logging.getLogger(__name__)
 
@@ -119,18 +114,12 @@ class Evaluation:
         self.deadline = self.deadline or begun + self.study.trial.timeout_s
         self._log = LogWriter(self.workdir / "trial.log")
         self._load_log = LogWriter(self.workdir / "load.log")
-        self._records: list[RequestRecord] = []
-        self._durations: dict[str, float] = defaultdict(float)
-        self._joules: dict[str, list[float | None]] = defaultdict(list)
-        self._watched: dict[tuple[str, int], tuple[Sample, ...]] = {}
-        self._quality: Metrics = {}
+        self._measured = Measured(self.study, self._paid_for)
         self._answers: tuple[str, ...] = ()
-        self._refined: float | None = None
         self._bench: vllm_bench.BenchServe | None = None
         asked = self.study.workload.client_processes
         self._processes = 1 if asked == "auto" else asked
         self._dialect = Dialect.of(self.study.engine)
-        self.values: dict[str, list[float]] = defaultdict(list)
         failure = None
         try:
             yield from self._measure()
@@ -145,7 +134,7 @@ class Evaluation:
         except Exception as error:  # noqa: BLE001  the trial boundary: what went wrong is its result
             self._log.write(self.stage, traceback.format_exc())
             failure = self._unexpected(error)
-        metrics = self._metrics() if failure is None else self._quality
+        metrics = self._measured.metrics() if failure is None else self._measured.quality
         self.seconds["total"] = time.monotonic() - begun
         machines = [hardware(self.gpus), *(follower.hardware for follower in self.followers)]
         place = (socket.gethostname(), together(machines), self._paid_for)
@@ -258,12 +247,12 @@ class Evaluation:
             blame = Blame.PARAMETERS if self.reference else Blame.STUDY
             self._await_death(server)  # an engine that died while it was asked has a cause of its own
             self._fail(Kind.BAD_RESPONSES, str(error), "Leave quality out of the study, or this setting.", blame)
-        self._quality["perplexity"] = found.perplexity
+        self._measured.quality["perplexity"] = found.perplexity
         if self.reference is None:
             self._answers = found.answers
             return
         lost = loss(found, self.reference)
-        self._quality |= {"perplexity_rise": lost.perplexity_rise, "answer_change": lost.answer_change}
+        self._measured.quality |= {"perplexity_rise": lost.perplexity_rise, "answer_change": lost.answer_change}
         if sentence := judge(lost, self.study.quality):
             self._fail(Kind.QUALITY_LOSS, sentence, "If so much loss is acceptable, raise the limit under quality.")
 
@@ -300,12 +289,12 @@ class Evaluation:
             self._warm_up(server, [level])  # one by one, as most scans end before the last
             for number in range(rounds):
                 yield self._round(server, level, number, place * rounds + number, len(ascending) * rounds)
-            if not self._meets(level):
+            if not self._measured.meets(level):
                 return
 
     def _refine(self, server: Server, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
         """Between the last level that keeps the SLOs and the one above it, halve the step until it is small."""
-        kept = len([*takewhile(self._meets, ascending)])
+        kept = len([*takewhile(self._measured.meets, ascending)])
         if not 0 < kept < len(ascending):
             return
         held, missed = ascending[kept - 1], ascending[kept]
@@ -316,16 +305,15 @@ class Evaluation:
             self._warm_up(server, [between])
             for number in range(self.study.workload.rounds):
                 yield self._round(server, between, number, 1, 1)
-            held, missed = (between, missed) if self._meets(between) else (held, between)
-            self._refined = held.load
+            held, missed = (between, missed) if self._measured.meets(between) else (held, between)
+            self._measured.refined = held.load
 
     def _round(self, server: Server, level: Level, number: int, done: int, of: int) -> Metrics:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
         with self._timed("load"):
             while not self._load(server, level, number, done, of):
                 pass
-        self._note_value(level, number)
-        metrics = self._metrics()
+        metrics = self._measured.metrics()
         name, rounds = self.study.objective.metric.partition("@")[0], self.study.workload.rounds
         here = metrics.get(f"{name}@{level.label}", metrics.get(name))
         said = "" if here is None else f": {name} {here:.4g}"
@@ -337,20 +325,11 @@ class Evaluation:
         self._reset_prefix_cache(server)
         energy = EnergyMeter(() if self.followers else self.gpus)  # those elsewhere are not seen
         with EngineWatch(server.base_url) as watch:
-            duration_s = self._send(server, level, number, "measure", done, of)
-        if duration_s is None:
+            seconds = self._send(server, level, number, "measure", done, of)
+        if seconds is None:
             return False
-        self._durations[level.label] += duration_s
-        self._joules[level.label].append(energy.joules)
-        self._watched[level.label, number] = watch.series
+        self._measured.add(level, number, seconds, energy.joules, watch.series)
         return True
-
-    def _note_value(self, level: Level, number: int) -> None:
-        """Keep the objective's value of this load by itself; a load alone may have none."""
-        sent = [r for r in self._records if (r.phase, r.level, r.round) == ("measure", level.label, number)]
-        value = summarize(sent, duration_s(sent), self.study.objective.slo).get(self.study.objective.metric)
-        if value is not None:
-            self.values[level.label].append(value)
 
     def _send(self, server: Server, level: Level, number: int, phase: Phase, done: int, of: int) -> float | None:
         """Send one load and keep its records; returns its seconds. `done` of `of` loads lie behind it.
@@ -372,9 +351,10 @@ class Evaluation:
             )
             if time.monotonic() >= self.last_words:
                 self.last_words = math.inf
-                self._keep_requests([*self._records, *kept])
+                self._keep_requests(kept)
 
         kept: list[RequestRecord] = []
+        before = len(self._measured.records)
         try:
             load = self._client(phase)(
                 server.base_url,
@@ -390,7 +370,7 @@ class Evaluation:
             self._await_death(server)
             self._fail(Kind.UNKNOWN, str(error), "Take workload.client: builtin, or see load.log.", Blame.ENVIRONMENT)
         finally:
-            self._records.extend(kept)
+            self._measured.records.extend(kept)
         server.check()
         self._load_log.write(
             stage,
@@ -403,7 +383,7 @@ class Evaluation:
                 self._takes_more_clients(load, level)
             return load.duration_s
         if self._takes_more_clients(load, level):
-            del self._records[-len(kept) :]
+            del self._measured.records[before:]
             return None
         if load.trouble is not None:
             self._fail(*load.trouble)
@@ -483,29 +463,14 @@ class Evaluation:
             self.stage, Kind.UNKNOWN, Blame.PARAMETERS, evidence, "The traceback is in trial.log.", self.share
         )
 
-    def _metrics(self) -> Metrics:
-        """What all loads so far come to, the samples of all rounds pooled."""
-        asked = [level.label for level in levels(self.study.workload)]
-        of_levels = {label: self._level_metrics(label) for label in asked if label in self._durations}
-        metrics = trial_metrics(self.study, of_levels, self._paid_for)
-        if self._refined is not None:
-            metrics[slo.MAX_LOAD] = self._refined
-        return metrics | self._quality
+    @property
+    def values(self) -> Mapping[str, Sequence[float]]:
+        """Load level to the objective's value in each round that was measured there."""
+        return self._measured.values
 
     @property
     def _paid_for(self) -> float:
         return float(max(len(self.gpus), 1) * self._nodes)
-
-    def _level_metrics(self, label: str) -> Metrics:
-        records = [record for record in self._records if record.phase == "measure" and record.level == label]
-        watched = [series for (level, _), series in self._watched.items() if level == label]
-        metrics = summarize(records, self._durations[label], self.study.objective.slo)
-        joules = [spent for spent in self._joules[label] if spent is not None]
-        all_of_it = sum(joules) if len(joules) == len(self._joules[label]) else None
-        return metrics | energy_metrics(all_of_it, metrics["tokens_out"]) | summarize_engine(watched)
-
-    def _meets(self, level: Level) -> bool:
-        return slo.meets(self._level_metrics(level.label), self.study.objective)
 
     def _engine_moved(self, stage: Stage, share: float) -> None:
         """The engine's log moved. To it the first probe that was answered is load already; to a trial that is ready."""
@@ -552,7 +517,7 @@ class Evaluation:
 
         A trial that was ended early has no result of its own, lest its part be taken for the whole.
         """
-        self._keep_requests(self._records)
+        self._keep_requests()
         try:
             if result is not None:
                 write_result(self.workdir, result)
@@ -563,10 +528,9 @@ class Evaluation:
             self._log.close()
             self._load_log.close()
 
-    def _keep_requests(self, records: Sequence[RequestRecord]) -> None:
+    def _keep_requests(self, more: Sequence[RequestRecord] = ()) -> None:
         try:
-            write_records(self.workdir / REQUESTS, records)
-            write_series(self.workdir / SAMPLES, self._watched)
+            self._measured.write(self.workdir, more)
         except OSError as error:
             logger.error("%s: could not be written: %s", self.workdir, error)
 
