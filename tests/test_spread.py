@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,30 @@ def test_a_request_timeout_holds_in_every_process(engine: Server, shared: Client
     run = send(shared, engine, requests(6, tokens_out=LONG), request_timeout_s=0.3)
     assert run.complete
     assert all("request timeout" in (record.error or "") for record in run.records)
+
+
+READER = """
+import sys
+from raytune_autotuner.load.spread import _next_places
+print("up", flush=True)
+sys.stdin.readline()
+print(*_next_places(int(sys.argv[1])))
+"""
+
+
+def test_processes_that_take_requests_as_fast_as_they_can_never_take_one_twice() -> None:
+    places, queue = range(100_000), os.memfd_create("places")
+    os.write(queue, array("I", places).tobytes())
+    os.lseek(queue, 0, os.SEEK_SET)
+    command, pipe = [sys.executable, "-c", READER, str(queue)], subprocess.PIPE
+    readers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=[queue]) for _ in range(2)]
+    assert [reader.stdout and reader.stdout.readline() for reader in readers] == ["up\n"] * 2
+    for reader in readers:
+        assert reader.stdin is not None
+        print("go", file=reader.stdin, flush=True)
+    taken = [int(place) for reader in readers for place in reader.communicate()[0].split()]
+    os.close(queue)
+    assert sorted(taken) == list(places)
 
 
 def test_a_process_for_which_there_was_nothing_left_is_not_a_busy_one(engine: Server, shared: Clients) -> None:
