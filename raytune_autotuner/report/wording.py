@@ -171,7 +171,7 @@ def warning(one: Contender, noisy: TooNoisy) -> str:
     """That the machine is too noisy to decide."""
     comparison = one.comparisons[0]
     size = percent(noisy.gain) if comparison.scale != "difference" else format_number(noisy.gain)
-    noise = "" if comparison.scale == "difference" else f" of {percent(comparison.noise)}"
+    noise = "" if comparison.scale == "difference" else f" of {percent(comparison.noise)}, beyond what drifts for all,"
     needed = f"more than {MAX_RESTARTS:,}" if noisy.restarts is None else f"about {noisy.restarts}"
     return (
         f"The noise between restarts{noise} is too large to decide: a gain of {size} could not be told from it by "
