@@ -119,6 +119,14 @@ def test_what_drifts_for_all_alike_is_no_noise() -> None:
     assert found.better
 
 
+def test_scores_in_steps_that_repeat_themselves_are_not_told_apart_for_certain() -> None:
+    assert not one([8.0, 8.0], [9.0, 9.0]).better  # 8.9 and 9.0 requests in flight, for all that is known
+    found = one([8.0] * 5, [9.0] * 5)
+    assert found.better
+    assert found.deviation == pytest.approx(math.log(9 / 8) / math.sqrt(6))
+    assert one([100.0, 100.1], [120.0, 120.1]).deviation == pytest.approx(0, abs=1e-3)
+
+
 def test_equal_scores_are_no_gain() -> None:
     for direction in BOTH:
         found = one([5.0] * 3, [5.0] * 3, direction)

@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from raytune_autotuner.study.errors import AutotunerError
@@ -128,9 +129,11 @@ def compare(
     _check(baseline, finalists)
     scale = _scale(baseline, finalists)
     first, *others = (_transformed(scores, baseline, direction, scale) for scores in (baseline, *finalists))
-    pooled = _pooled([first, *others])
+    pooled, least = _pooled([first, *others]), _rounding([first, *others])
     stated = (objectives * len(finalists), confidence, direction, scale)
-    return [Comparison(*_estimate(_differences(first, scores), pooled, *stated[:2]), *stated) for scores in others]
+    return [
+        Comparison(*_estimate(_differences(first, scores), pooled, least, *stated[:2]), *stated) for scores in others
+    ]
 
 
 def spread(scores: Sequence[float]) -> float:
@@ -262,12 +265,25 @@ def _pooled(settings: Sequence[Restarts]) -> tuple[float, int]:
     return 2 * squares / degrees, degrees
 
 
+def _rounding(settings: Sequence[Restarts]) -> float:
+    """Variance of a pair's difference that comes of scores in steps, such as a number of requests in flight.
+
+    Only such scores are ever equal. A step is the smallest difference between two of them; a score is right to within
+    half of it, evenly spread. Without this, scores that fall on the same steps by luck would be told apart for certain.
+    """
+    scores = sorted(score for restarts in settings for score in restarts.values())
+    steps = [later - earlier for earlier, later in pairwise(scores)]
+    wide = [step for step in steps if step > _TOLERANCE]
+    return 2 * min(wide) ** 2 / 12 if wide and len(wide) < len(steps) else 0.0
+
+
 def _estimate(
-    differences: Sequence[float], pooled: tuple[float, int], choices: int, confidence: float
+    differences: Sequence[float], pooled: tuple[float, int], least: float, choices: int, confidence: float
 ) -> tuple[float, float, float, int, int]:
     """A comparison's difference, half width, deviation, pairs and degrees of freedom."""
     pairs = len(differences)
-    variance, degrees = max(statistics.variance(differences), pooled[0]), max(pairs - 1, pooled[1])
+    variance = max(statistics.variance(differences), pooled[0], least)
+    degrees = max(pairs - 1, pooled[1])
     half_width = _quantile(confidence, choices, degrees) * math.sqrt(variance / pairs)
     return statistics.fmean(differences), half_width, math.sqrt(variance), pairs, degrees
 
