@@ -244,9 +244,10 @@ class Evaluation:
         except TimeoutError:
             self._out_of_time()
         except quality.QualityUnknown as error:
-            blame = Blame.PARAMETERS if self.reference else Blame.STUDY
             self._await_death(server)  # an engine that died while it was asked has a cause of its own
-            self._fail(Kind.BAD_RESPONSES, str(error), "Leave quality out of the study, or this setting.", blame)
+            if self.reference is None:
+                self._fail(Kind.BAD_RESPONSES, str(error), "Leave quality out of the study.", Blame.STUDY)
+            self._fail(Kind.BAD_RESPONSES, str(error), "Leave this setting out of the space.")
         self._measured.quality["perplexity"] = found.perplexity
         if self.reference is None:
             self._answers = found.answers
