@@ -105,6 +105,7 @@ def test_every_request_is_answered_once_and_recorded_on_one_clock(
     assert level.open_loop or most_in_flight(run.records) <= (level.concurrency or 0)
 
 
+@pytest.mark.slow
 def test_at_the_deadline_partial_records_come_back(engine: Server, shared: Clients) -> None:
     sent = [*requests(6), *(Request(index, [1000] * 8, LONG) for index in range(6, 20))]
     run = send(shared, engine, sent, deadline=time.monotonic() + 2.5)
@@ -116,6 +117,7 @@ def test_at_the_deadline_partial_records_come_back(engine: Server, shared: Clien
     assert all(record.first_token_s is not None for record in run.records)
 
 
+@pytest.mark.slow
 def test_a_request_timeout_holds_in_every_process(engine: Server, shared: Clients) -> None:
     run = send(shared, engine, requests(6, tokens_out=LONG), request_timeout_s=0.3)
     assert run.complete
@@ -146,6 +148,7 @@ def test_processes_that_take_requests_as_fast_as_they_can_never_take_one_twice()
     assert sorted(taken) == list(places)
 
 
+@pytest.mark.slow
 def test_a_process_for_which_there_was_nothing_left_is_not_a_busy_one(engine: Server, shared: Clients) -> None:
     run = send(shared, engine, requests(3, tokens_out=150))  # the first process has room for all three
     assert (run.complete, run.processes, len(run.records)) == (True, 3, 3)
@@ -160,6 +163,7 @@ def three_short_ones_first() -> list[Request]:
     return [*requests(3), *(Request(index, [1000] * 8, LONG) for index in range(3, 20))]
 
 
+@pytest.mark.slow
 def test_what_check_raises_aborts_the_load_and_leaves_its_records(engine: Server) -> None:
     kept: list[RequestRecord] = []
     seen = [0]
@@ -272,6 +276,7 @@ def test_a_load_that_leaves_its_client_no_cpu_is_sent_once_more_by_more_of_them(
     assert f"from now on {used[1]} client processes" in (played.folder / "trial.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_load_whose_clients_are_still_too_busy_names_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trouble, "MAX_CPU_SHARE", 0.0001)
     failure = play(tmp_path, {"workload": {"concurrency": [2], "requests": 4, "client_processes": 2}}).result.failure
