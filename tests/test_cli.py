@@ -162,9 +162,9 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metric at no level": ({"objective": {"maximize": "goodput_rps@c3"}}, "Did you mean 'goodput_rps@c8'?"),
     "count as objective": ({"objective": {"maximize": "tokens_out"}}, "tokens_out is a count that the workload sets"),
-    "engine's figure as objective": (
-        {"objective": {"maximize": [], "minimize": "queue_length_max"}},
-        "objective.minimize: queue_length_max tells what the engine does, not what it gives; take one such as",
+    "engine's figure the wrong way": (
+        {"objective": {"maximize": "queue_length_max"}},
+        "objective.maximize: of queue_length_max, lower is better; write minimize: queue_length_max",
     ),
     "steadiness as objective": (
         {"objective": {"maximize": [], "minimize": "drift"}},

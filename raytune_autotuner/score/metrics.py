@@ -83,12 +83,12 @@ _TABLE = [
     Metric("perplexity", "1", "lower", "perplexity of a fixed text", "none"),
     Metric("perplexity_rise", "share", None, "rise of the perplexity over the baseline's", "none"),
     Metric("answer_change", "share", None, "share of words at which greedy answers part from the baseline's", "none"),
-    Metric("preemptions", "preemptions", None, "requests put back by the engine for want of KV cache", "sum"),
-    Metric("kv_cache_usage_mean", "share", None, "share of the KV cache in use, over the load's time"),
-    Metric("kv_cache_usage_max", "share", None, "largest share of the KV cache in use", "max"),
-    Metric("queue_length_mean", "requests", None, "requests that wait in the engine, over the load's time"),
-    Metric("queue_length_max", "requests", None, "most requests that waited in the engine at once", "max"),
-    Metric("prefix_cache_hit_rate", "share", None, "share of prompt tokens found in the prefix cache"),
+    Metric("preemptions", "preemptions", "lower", "requests put back by the engine for want of KV cache", "sum"),
+    Metric("kv_cache_usage_mean", "share", "lower", "share of the KV cache in use, over the load's time"),
+    Metric("kv_cache_usage_max", "share", "lower", "largest share of the KV cache in use", "max"),
+    Metric("queue_length_mean", "requests", "lower", "requests that wait in the engine, over the load's time"),
+    Metric("queue_length_max", "requests", "lower", "most requests that waited in the engine at once", "max"),
+    Metric("prefix_cache_hit_rate", "share", "higher", "share of prompt tokens found in the prefix cache"),
     Metric("drift", "share", None, "output throughput of the last round over the first's, less 1"),
     Metric("requests", "requests", None, "requests sent, failed ones included", "sum"),
     Metric("requests_failed", "requests", None, "requests without a full answer", "sum"),
@@ -109,7 +109,7 @@ ENGINE_METRICS = (
     "queue_length_max",
     "prefix_cache_hit_rate",
 )
-"""What the engine tells of itself, where it does. They explain a result, and are no objectives."""
+"""What the engine tells of itself, where it does."""
 _NOT_OF_REQUESTS = {*AGAINST_BASELINE, *ENGINE_METRICS, "perplexity", "energy_j_per_token"}
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.grades import penalty, progress_violation
-from raytune_autotuner.score.metrics import combine, cost_metrics, samples_needed, summarize
+from raytune_autotuner.score.metrics import ENGINE_METRICS, combine, cost_metrics, samples_needed, summarize
 from raytune_autotuner.score.records import RequestRecord, duration_s
 from raytune_autotuner.score.slo import constraint_value, max_load_under_slo, measured
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
@@ -181,7 +181,10 @@ def _unmeasured(study: Study, metrics: Mapping[str, float]) -> Failure | None:
         return None
     state = f"is {metrics[name]}" if name in metrics else "is missing"
     evidence = f"the objective's metric {name!r} {state} among {len(metrics)} metrics"
-    return _bad_load(evidence, "Check the name in objective, and load.log for requests that failed.")
+    told = (
+        "whether the engine tells it on its /metrics page" if name.partition("@")[0] in ENGINE_METRICS else "load.log"
+    )
+    return _bad_load(evidence, f"Check the name in objective, and {told}.")
 
 
 def _too_few(study: Study, metrics: Mapping[str, float]) -> Failure | None:

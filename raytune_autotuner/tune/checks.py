@@ -17,7 +17,6 @@ from raytune_autotuner.load.workload import check_traffic, levels
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.score.metrics import (
     AGAINST_BASELINE,
-    ENGINE_METRICS,
     LATENCIES,
     METRICS,
     REQUEST_LATENCIES,
@@ -116,8 +115,6 @@ def _why_no_objective(metric: Metric) -> str:
     """What it is, and what to take in its place."""
     if metric.name in AGAINST_BASELINE:
         return "is held against the baseline, which has none; limit it under quality, or minimize: perplexity"
-    if metric.name in ENGINE_METRICS:
-        return "tells what the engine does, not what it gives; take one such as output_throughput_tok_s"
     what = "tells how steady the measurement was" if metric.name == "drift" else "is a count that the workload sets"
     return f"{what}; take one such as request_throughput_rps"
 
