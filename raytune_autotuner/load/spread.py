@@ -137,7 +137,7 @@ class Clients:
             talk.tell(time.monotonic() + HEAD_START_S)
             talk.until(lambda one: one.said.ended)
             look(talk.counts)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what has been sent is handed over before anybody hears of it
             talk.stop()
             raise
         finally:

@@ -15,12 +15,10 @@ from raytune_autotuner.report import wording
 from raytune_autotuner.report.finalists import Contender, Targets, as_good, contenders
 from raytune_autotuner.score.comparison import Comparison, too_noisy
 from raytune_autotuner.score.pareto import cost, dominates, knee, pareto_front
+from raytune_autotuner.score.slo import MAX_LOAD
 from raytune_autotuner.study.space import Params, changes
 from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import BASELINE, State, TrialRow
-
-_MAX_LOAD = "max_load_under_slo"
-"""`score.slo.MAX_LOAD`; that module brings numpy, which this room starts without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +106,11 @@ def study_verdict(study: Study, rows: Sequence[TrialRow], defaults: Params | Non
 
 def _ceiling(study: Study, rows: Iterable[TrialRow]) -> str | None:
     """That a scan for the highest load has found no end to it."""
-    if _MAX_LOAD not in study.objective.maximize:
+    if MAX_LOAD not in study.objective.maximize:
         return None
     highest = max((*study.workload.concurrency, *study.workload.request_rate_rps))
     own = [row for row in rows if row.state is State.MEASURED and row.feasible and row.verifies is None]
-    return wording.ceiling(highest, [row.number for row in own if row.result.metrics.get(_MAX_LOAD) == highest])
+    return wording.ceiling(highest, [row.number for row in own if row.result.metrics.get(MAX_LOAD) == highest])
 
 
 def hardware_of(rows: Iterable[TrialRow]) -> Counter[str]:

@@ -53,13 +53,16 @@ class Assessment:
 def trial_metrics(study: Study, levels: Mapping[str, Mapping[str, float]], gpus: float = 0.0) -> dict[str, float]:
     """A trial's metrics from those of its load levels by label, cost and highest load included.
 
-    `gpus` is what the trial holds. Raises `EmptySample` without a level.
+    Levels that the study does not name were tried between two others, to find the highest load. `gpus` is what the
+    trial holds. Raises `EmptySample` without a level.
     """
     price, loads = study.resources.price_per_hour, slo.loads(study.workload)
-    priced = {label: {**level, **cost_metrics(level, price, gpus)} for label, level in levels.items()}
+    asked = {label: level for label, level in levels.items() if label in loads or not loads}
+    priced = {label: {**level, **cost_metrics(level, price, gpus)} for label, level in asked.items()}
     metrics = combine(priced, loads)
     if study.objective.slo and len(loads) > 1:
-        metrics[slo.MAX_LOAD] = max_load_under_slo(levels, loads, study.objective)
+        between = [float(label[1:]) for label in levels.keys() - asked if slo.meets(levels[label], study.objective)]
+        metrics[slo.MAX_LOAD] = max([max_load_under_slo(asked, loads, study.objective), *between])
     return metrics
 
 
@@ -68,14 +71,10 @@ def metrics_of_requests(
 ) -> dict[str, float]:
     """A trial's metrics from its requests by load level, as far as requests tell them.
 
-    Levels that the study does not name were tried between two others, to find the highest load. Raises `EmptySample`
-    where at one of the levels no request was completed.
+    Raises `EmptySample` where at one of the levels no request was completed.
     """
-    of = {label: summarize(found, duration_s(found), study.objective.slo) for label, found in requests.items()}
-    asked = {label: level for label, level in of.items() if label in slo.loads(study.workload) or study.workload.trace}
-    metrics = trial_metrics(study, asked, paid_for or 0.0)
-    between = [float(label[1:]) for label in of.keys() - asked if slo.meets(of[label], study.objective)]
-    return metrics | ({slo.MAX_LOAD: max(metrics[slo.MAX_LOAD], *between)} if between else {})
+    levels = {label: summarize(found, duration_s(found), study.objective.slo) for label, found in requests.items()}
+    return trial_metrics(study, levels, paid_for or 0.0)
 
 
 def violation(study: Study, metrics: Mapping[str, float]) -> float:

@@ -263,7 +263,9 @@ class Evaluation:
             if warmup_requests(self.study.workload, level):
                 self._moved(Stage.WARMUP, 0.0)
                 with self._timed("warmup"):
-                    self._send(server, level, 0, "warmup", 0, 1)
+                    load = self._send(server, level, 0, "warmup", 0, 1)
+                    if load.duration_s >= MIN_WARMUP_S:
+                        self._takes_more_clients(load, level)
 
     def _loads(self, server: Server) -> Generator[Metrics, None, None]:
         """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""
@@ -307,7 +309,6 @@ class Evaluation:
             for number in range(self.study.workload.rounds):
                 yield self._round(server, between, number, 1, 1)
             held, missed = (between, missed) if self._measured.meets(between) else (held, between)
-            self._measured.refined = held.load
 
     def _round(self, server: Server, level: Level, number: int, done: int, of: int) -> Metrics:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""
@@ -324,19 +325,21 @@ class Evaluation:
     def _load(self, server: Server, level: Level, number: int, done: int, of: int) -> bool:
         """Send it; returns whether it counts. Else it is to be sent once more, by more client processes."""
         self._reset_prefix_cache(server)
+        before = len(self._measured.records)
         energy = EnergyMeter(() if self.followers else self.gpus)  # those elsewhere are not seen
         with EngineWatch(server.base_url) as watch:
-            seconds = self._send(server, level, number, "measure", done, of)
-        if seconds is None:
+            load = self._send(server, level, number, "measure", done, of)
+        joules = energy.joules
+        if self._takes_more_clients(load, level):
+            del self._measured.records[before:]
             return False
-        self._measured.add(level, number, seconds, energy.joules, watch.series)
+        if (trouble := load.trouble) is not None:
+            self._fail(*trouble)
+        self._measured.add(level, number, joules, watch.series)
         return True
 
-    def _send(self, server: Server, level: Level, number: int, phase: Phase, done: int, of: int) -> float | None:
-        """Send one load and keep its records; returns its seconds. `done` of `of` loads lie behind it.
-
-        None where it is to be sent once more, by more client processes: then no record is kept.
-        """
+    def _send(self, server: Server, level: Level, number: int, phase: Phase, done: int, of: int) -> client.LoadRun:
+        """Send one load and keep its records. `done` of `of` loads lie behind it."""
         offset = 0 if self.restart is None else self.restart + 1
         requests = generate(self.study.workload, level, number, phase, seed_offset=offset)
         stage = Stage.WARMUP if phase == "warmup" else Stage.LOAD
@@ -355,7 +358,6 @@ class Evaluation:
                 self._keep_requests(kept)
 
         kept: list[RequestRecord] = []
-        before = len(self._measured.records)
         try:
             load = self._client(phase)(
                 server.base_url,
@@ -379,16 +381,7 @@ class Evaluation:
             f"the busiest used {load.client_cpu_share:.0%} of a core",
         )
         self._judge(load, server)
-        if phase == "warmup":
-            if load.duration_s >= MIN_WARMUP_S:
-                self._takes_more_clients(load, level)
-            return load.duration_s
-        if self._takes_more_clients(load, level):
-            del self._measured.records[before:]
-            return None
-        if load.trouble is not None:
-            self._fail(*load.trouble)
-        return load.duration_s
+        return load
 
     def _takes_more_clients(self, load: client.LoadRun, level: Level) -> bool:
         """Whether a load had too few client processes and can have more, which are there for all loads from now on."""

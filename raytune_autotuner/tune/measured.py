@@ -13,12 +13,12 @@ from pathlib import Path
 from raytune_autotuner.load.engine_metrics import Sample, write_series
 from raytune_autotuner.load.engine_metrics import summarize as summarize_engine
 from raytune_autotuner.load.parquet import write_records
-from raytune_autotuner.load.workload import Level, levels
+from raytune_autotuner.load.workload import Level
 from raytune_autotuner.report.course import REQUESTS, SAMPLES
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.metrics import energy_metrics, summarize
 from raytune_autotuner.score.objective import trial_metrics
-from raytune_autotuner.score.records import RequestRecord, duration_s
+from raytune_autotuner.score.records import RequestRecord, duration_s, measured
 from raytune_autotuner.study.study import Study
 
 
@@ -32,47 +32,36 @@ class Measured:
         """Of all requests, in the order of their ends; those of warm-ups and of loads that failed are among them."""
         self.values: dict[str, list[float]] = defaultdict(list)
         """Load level to the objective's value in each round there; a load alone may have none."""
-        self.refined: float | None = None
-        """The highest load that keeps the SLOs, where it was looked for between the study's levels."""
         self.quality: dict[str, float] = {}
-        self._durations_s: dict[str, float] = defaultdict(float)
         self._joules: dict[str, list[float | None]] = defaultdict(list)
         self._samples: dict[tuple[str, int], tuple[Sample, ...]] = {}
 
-    def add(self, level: Level, number: int, seconds: float, joules: float | None, samples: Sequence[Sample]) -> None:
+    def add(self, level: Level, number: int, joules: float | None, samples: Sequence[Sample]) -> None:
         """Count round `number` at `level`, whose requests are among the records."""
-        self._durations_s[level.label] += seconds
         self._joules[level.label].append(joules)
         self._samples[level.label, number] = tuple(samples)
-        sent = [record for record in self._of_level(level.label) if record.round == number]
+        sent = [record for record in measured(self.records)[level.label] if record.round == number]
         value = summarize(sent, duration_s(sent), self._study.objective.slo).get(self._study.objective.metric)
         if value is not None:
             self.values[level.label].append(value)
 
     def metrics(self) -> dict[str, float]:
         """What all loads so far come to, the samples of all rounds pooled."""
-        asked = [level.label for level in levels(self._study.workload)]
-        of_levels = {label: self._level_metrics(label) for label in asked if label in self._durations_s}
-        metrics = trial_metrics(self._study, of_levels, self._paid_for)
-        if self.refined is not None:
-            metrics[slo.MAX_LOAD] = self.refined
-        return metrics | self.quality
+        of_levels = {label: self._of_level(label, found) for label, found in measured(self.records).items()}
+        return trial_metrics(self._study, of_levels, self._paid_for) | self.quality
 
     def meets(self, level: Level) -> bool:
         """Whether a level that was measured keeps every SLO."""
-        return slo.meets(self._level_metrics(level.label), self._study.objective)
+        return slo.meets(self._of_level(level.label, measured(self.records)[level.label]), self._study.objective)
 
     def write(self, folder: Path, more: Sequence[RequestRecord] = ()) -> None:
         """Write the files of requests, `more` of which are still to be counted, and of samples; raises `OSError`."""
         write_records(folder / REQUESTS, [*self.records, *more])
         write_series(folder / SAMPLES, self._samples)
 
-    def _level_metrics(self, label: str) -> dict[str, float]:
-        metrics = summarize(self._of_level(label), self._durations_s[label], self._study.objective.slo)
+    def _of_level(self, label: str, records: Sequence[RequestRecord]) -> dict[str, float]:
+        metrics = summarize(records, duration_s(records), self._study.objective.slo)
         spent = [joules for joules in self._joules[label] if joules is not None]
         all_of_it = sum(spent) if len(spent) == len(self._joules[label]) else None
         engines = summarize_engine(samples for (level, _), samples in self._samples.items() if level == label)
         return metrics | energy_metrics(all_of_it, metrics["tokens_out"]) | engines
-
-    def _of_level(self, label: str) -> list[RequestRecord]:
-        return [record for record in self.records if record.phase == "measure" and record.level == label]
