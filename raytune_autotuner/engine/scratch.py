@@ -11,7 +11,6 @@ import fcntl
 import getpass
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -76,8 +75,7 @@ class Scratch:
 
 def remove_orphans(env: Mapping[str, str]) -> list[Path]:
     """Remove this user's folders below the `TMPDIR` of `env` that nobody holds any more; their paths."""
-    found = [path for path in _base(env).glob(f"{_prefix()}*") if _is_ours(path)]
-    return [path for path in found if _remove_unheld(path)]
+    return [path for path in _base(env).glob(f"{_prefix()}*") if _remove_unheld(path)]
 
 
 def _remove_unheld(path: Path) -> bool:
@@ -86,6 +84,8 @@ def _remove_unheld(path: Path) -> bool:
     except OSError:
         return False
     try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -94,14 +94,6 @@ def _remove_unheld(path: Path) -> bool:
         return True
     finally:
         os.close(fd)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _base(env: Mapping[str, str]) -> Path:

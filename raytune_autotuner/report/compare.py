@@ -86,7 +86,7 @@ def terminal_table(comparison: Comparison) -> RenderableType:
     for cells in _outcomes(comparison):
         outcome.add_row(*map(Text, cells))
     named = zip(comparison.names, comparison.studies, strict=True)
-    sentences = [Text(f"{name}: {one.sentence}") for name, one in named]
+    sentences = [Text(f"{name}: {one.answer.sentence}") for name, one in named]
     differs = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("differs", "", *comparison.names):
         differs.add_column(head, overflow="fold")
@@ -142,12 +142,12 @@ def _outcomes(comparison: Comparison) -> list[list[str]]:
 
 
 def _outcome(name: str, evidence: Evidence) -> list[str]:
-    ends, noise = evidence.interval, evidence.answer.noise
+    ends, noise = evidence.answer.interval, evidence.answer.noise
     return [
         name if evidence.standing == "finished" else f"{name} ({evidence.standing})",
         _score(evidence, evidence.baseline),
-        _score(evidence, evidence.winner),
-        NONE if evidence.gain is None else percent(evidence.gain, sign=True),
+        _score(evidence, evidence.answer.winner),
+        NONE if evidence.answer.gain is None else percent(evidence.answer.gain, sign=True),
         NONE if ends is None else f"{100 * ends[0]:+.1f} to {percent(ends[1], sign=True)}",
         NONE if noise is None else percent(noise),
         str(len(evidence.searched)),
@@ -157,7 +157,7 @@ def _outcome(name: str, evidence: Evidence) -> list[str]:
 
 def _plain(name: str, evidence: Evidence) -> dict[str, Any]:
     """What a study came to, for JSON."""
-    winner = evidence.winner
+    winner = evidence.answer.winner
     return {
         "study": name,
         "results": evidence.folder.place,
@@ -166,12 +166,12 @@ def _plain(name: str, evidence: Evidence) -> dict[str, Any]:
         "baseline": _mean(evidence, evidence.baseline),
         "winner": _mean(evidence, winner),
         "params": None if winner is None else dict(winner.params),
-        "gain": evidence.gain,
-        "interval": evidence.interval,
+        "gain": evidence.answer.gain,
+        "interval": evidence.answer.interval,
         "noise": evidence.answer.noise,
         "trials": len(evidence.searched),
         "failed": _failed(evidence),
-        "sentence": evidence.sentence,
+        "sentence": evidence.answer.sentence,
     }
 
 
@@ -201,7 +201,7 @@ def _verdicts(comparison: Comparison) -> Markup:
     cells = [[row[0], *map(number_cell, row[1:])] for row in _outcomes(comparison)]
     head = (_HEAD[0], *map(number_head, _HEAD[1:]))
     named = zip(comparison.names, comparison.studies, strict=True)
-    sentences = [tag("p", tag("strong", name), ": ", one.sentence) for name, one in named]
+    sentences = [tag("p", tag("strong", name), ": ", one.answer.sentence) for name, one in named]
     caution = tag("p", comparison.caution, cls="warning") if comparison.caution else ""
     return section("outcome", "What each study came to", caution, table(head, cells), *sentences)
 
@@ -217,20 +217,20 @@ def _differing(comparison: Comparison) -> Markup:
 
 def _settings(comparison: Comparison) -> Markup:
     """The winners' parameters side by side, and their launch lines."""
-    winners = [one.winner for one in comparison.studies]
+    winners = [one.answer.winner for one in comparison.studies]
     names = dict.fromkeys(name for row in winners if row is not None for name in row.params)
     rows = [(tag("code", name), *(_value(one, name) for one in comparison.studies)) for name in names]
     body = [table(("parameter", *comparison.names), rows)] if rows else [tag("p", "Every winner is the defaults.")]
     for name, one in zip(comparison.names, comparison.studies, strict=True):
-        line = None if one.winner is None else one.command(one.winner).get("launch")
+        line = None if one.answer.winner is None else one.command(one.answer.winner).get("launch")
         body += [copy_box(f"launch line of {name}", line)] if isinstance(line, str) else []
     return section("settings", "The winners' settings", *body)
 
 
 def _value(one: Evidence, name: str) -> str:
-    if one.winner is None:
+    if one.answer.winner is None:
         return NONE
-    return readable(one.winner.params[name]) if name in one.winner.params else one.before(name)
+    return readable(one.answer.winner.params[name]) if name in one.answer.winner.params else one.before(name)
 
 
 def _scores(comparison: Comparison) -> Chart:
@@ -238,7 +238,7 @@ def _scores(comparison: Comparison) -> Chart:
     title, metric = "Baseline and winner", comparison.studies[0].study.objective.metric
     if any(one.study.objective.metric != metric for one in comparison.studies):
         return Chart("scores", title, "", empty="The studies have different objectives.")
-    means = [(_mean(one, one.baseline), _mean(one, one.winner)) for one in comparison.studies]
+    means = [(_mean(one, one.baseline), _mean(one, one.answer.winner)) for one in comparison.studies]
     if not any(value is not None for pair in means for value in pair):
         return Chart("scores", title, "", empty="Nothing was measured.")
     traces = []
@@ -282,7 +282,7 @@ def _curves(comparison: Comparison) -> Chart:
     latency = main_latency(comparison.studies[0])
     title, traces = f"The winners' load and {latency}", []
     for index, (name, one) in enumerate(zip(comparison.names, comparison.studies, strict=True)):
-        curve = None if one.winner is None else load_curve(one.winner, latency)
+        curve = None if one.answer.winner is None else load_curve(one.answer.winner, latency)
         if curve is not None:
             levels, x, y = curve
             line, text = {"color": SERIES[index % len(SERIES)]}, [label(level) for level in levels]

@@ -229,7 +229,7 @@ def _clouds(
     metrics: tuple[str, str],
 ) -> list[Trace]:
     """The measured settings: feasible, not feasible, and the two that matter most."""
-    winner, base = evidence.winner, evidence.baseline
+    winner, base = evidence.answer.winner, evidence.baseline
     special = {row.number for row in (winner, base) if row is not None}
     common = [row for row in rows if row.number not in special]
     groups = [

@@ -53,26 +53,6 @@ class Evidence:
         return contenders(self.rows, self.study.objective.targets)
 
     @property
-    def sentence(self) -> str:
-        """The verdict in words."""
-        return self.answer.sentence
-
-    @property
-    def warning(self) -> str | None:
-        """That the machine is too noisy to decide."""
-        return self.answer.warning
-
-    @property
-    def gain(self) -> float | None:
-        """As a share of the baseline's score; positive is better."""
-        return self.answer.gain
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Of the gain."""
-        return self.answer.interval
-
-    @property
     def defaults(self) -> Mapping[str, Any]:
         """The values in force in the baseline, as far as the engine has told them."""
         return _defaults(self.study, self.versions)
@@ -83,11 +63,6 @@ class Evidence:
             return format_value(self.study.fixed[parameter])
         known = parameter in self.defaults
         return f"{format_value(self.defaults[parameter])} (engine's default)" if known else "engine's default"
-
-    @property
-    def winner(self) -> TrialRow | None:
-        """The setting to run; the baseline's row where nothing beats it."""
-        return self.answer.winner
 
     @cached_property
     def baseline(self) -> TrialRow | None:

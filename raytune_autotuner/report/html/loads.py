@@ -127,7 +127,7 @@ def _chosen(evidence: Evidence) -> list[TrialRow]:
         having = [one.measured[0] for one in evidence.contenders if one.measured]
     way = evidence.study.objective.direction
     best = sorted(having, key=lambda row: (not row.feasible, cost(row.score or 0.0, way)))
-    first = [row for row in (evidence.baseline, evidence.winner) if row is not None]
+    first = [row for row in (evidence.baseline, evidence.answer.winner) if row is not None]
     numbers = dict.fromkeys(row.number for row in (*first, *finalists, *best))
     known = {row.number: row for row in having}
     return [known[number] for number in numbers if number in known][:MAX_TRIALS]

@@ -58,8 +58,8 @@ def verdict(evidence: Evidence) -> Markup:
     return tag(
         "section",
         tag("p", standing, cls="standing") if standing else "",
-        tag("p", evidence.sentence, cls="sentence"),
-        *(tag("p", text, cls="warning") for text in (evidence.warning, *evidence.notes[:_NOTES]) if text),
+        tag("p", evidence.answer.sentence, cls="sentence"),
+        *(tag("p", text, cls="warning") for text in (evidence.answer.warning, *evidence.notes[:_NOTES]) if text),
         tag("div", *_tiles(evidence), cls="tiles"),
         _then_and_now(evidence),
         id="verdict",
@@ -68,7 +68,7 @@ def verdict(evidence: Evidence) -> Markup:
 
 def launch(evidence: Evidence) -> Markup:
     """The lines that serve the winner, to be copied."""
-    winner = evidence.winner
+    winner = evidence.answer.winner
     if winner is None:
         return section("launch", "Launch line", nothing("No setting was measured, so there is none to launch."))
     command = evidence.command(winner)
@@ -185,13 +185,13 @@ def _then_and_now(evidence: Evidence) -> Markup:
 def _tiles(evidence: Evidence) -> list[Markup]:
     metric = evidence.study.objective.metric
     tiles = []
-    if evidence.gain is not None and not _keeps_defaults(evidence):
-        ends = evidence.interval
+    if evidence.answer.gain is not None and not _keeps_defaults(evidence):
+        ends = evidence.answer.interval
         span = (
             "single measurements" if ends is None else f"interval {percent(ends[0], True)} to {percent(ends[1], True)}"
         )
-        tiles.append(_tile("gain over the baseline", percent(evidence.gain, sign=True), span))
-    named = (("winner", None if _keeps_defaults(evidence) else evidence.winner), ("baseline", evidence.baseline))
+        tiles.append(_tile("gain over the baseline", percent(evidence.answer.gain, sign=True), span))
+    named = (("winner", None if _keeps_defaults(evidence) else evidence.answer.winner), ("baseline", evidence.baseline))
     for name, row in named:
         if row is not None and (row.score is not None or _measured_again(evidence, row)):
             value = _contender_mean(evidence, row)
@@ -212,7 +212,7 @@ def _tiles(evidence: Evidence) -> list[Markup]:
 
 
 def _keeps_defaults(evidence: Evidence) -> bool:
-    winner, base = evidence.winner, evidence.baseline
+    winner, base = evidence.answer.winner, evidence.baseline
     return winner is not None and base is not None and winner.number == base.number
 
 
@@ -236,7 +236,7 @@ def _contender(evidence: Evidence, row: TrialRow) -> Contender | None:
 
 def _rival(evidence: Evidence) -> TrialRow | None:
     """The winner; where the defaults are the answer, the best of the others."""
-    winner, base = evidence.winner, evidence.baseline
+    winner, base = evidence.answer.winner, evidence.baseline
     if winner is not None and base is not None and winner.number != base.number:
         return winner
     others = [row for row in evidence.searched if row.state is State.MEASURED and row.params and row.score is not None]

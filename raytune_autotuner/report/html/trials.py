@@ -127,7 +127,7 @@ def _breakable(name: str) -> Markup:
 
 def _row(evidence: Evidence, row: TrialRow, columns: Sequence[_Column]) -> Markup:
     cells = [column.cell(row) for column in columns]
-    winner = evidence.winner is not None and evidence.winner.number == row.number
+    winner = evidence.answer.winner is not None and evidence.answer.winner.number == row.number
     role = "search" if row.verifies is None else "restart"
     return tag("tr", *cells, data_state=outcome(row), data_role=role, cls="winner" if winner else None)
 
