@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import socket
 import subprocess
@@ -96,10 +97,11 @@ def test_the_launch_line_serves_the_model_from_a_shell(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     line = line.replace("--port 8000", f"--port {port}")
-    log = tmp_path_factory.mktemp("launched") / "log"
+    folder_of_server = tmp_path_factory.mktemp("launched")
+    own = {**os.environ, "TMPDIR": str(folder_of_server)}  # a vLLM leaves its sockets there
     with (
-        log.open("wb") as output,
-        subprocess.Popen(["bash", "-c", f"exec env {line}"], stdout=output, stderr=output) as server,
+        (folder_of_server / "log").open("wb") as output,
+        subprocess.Popen(["bash", "-c", f"exec env {line}"], stdout=output, stderr=output, env=own) as server,
     ):
         try:
             answer = _complete(port, _served_name(line))
