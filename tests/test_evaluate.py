@@ -202,7 +202,7 @@ def test_a_load_whose_trial_is_about_to_be_ended_writes_down_what_it_has_measure
 
     load = {"concurrency": 1, "requests": 16, "traffic": "D(8,8)", "warmup_requests": 0}
     changes = {"engine": {"args": {"speed": 0.2}}, "workload": load}
-    trial = evaluation(tmp_path, changes, {}, last_words=time.monotonic(), on_progress=look)
+    trial = evaluation(tmp_path, changes, {}, time_up=time.monotonic(), on_progress=look)
     run_through(trial)
     assert 0 < written[0] < 16
     assert len(pd.read_parquet(kept).query("phase == 'measure'")) == 16

@@ -29,12 +29,14 @@ from tests.studies import actor_of, command, marks, only_run, optuna_trials, run
 from tests.watched import Seen, run_watched
 
 METRICS_PAGE = "metrics.txt"
+HANGS = "hang@load:after=12"
 FAULTS = {
     "oom@kv-cache": ("kv-cache", "out-of-memory"),
     "refuse@configuration": ("configuration", "invalid-config"),
     "killed@weights": ("weights", "out-of-memory"),
     "hang@initialization": ("initialization", "hung"),
     "crash@load:after=6": ("load", "engine-died"),
+    HANGS: ("load", "hung"),
     "error500@load:share=0.5": ("warmup", "bad-responses"),
     "slow-start@compilation:seconds=60": ("compilation", "hung"),
     "zombie-print@initialization:every=0.5,slow-start@compilation:seconds=60": ("compilation", "deadline"),
@@ -207,6 +209,12 @@ def test_a_failure_is_told_with_its_stage_kind_and_a_finite_penalty(failing: Res
     assert math.isfinite(trial.value)
     assert 1 < trial.constraints[CONSTRAINT] <= 2
     assert trial.user_attrs["kind"] == FAULTS[fault][1]
+
+
+def test_the_requests_that_a_hung_engine_had_answered_are_kept(failing: ResultsFolder) -> None:
+    row = next(row for row in failing.read_rows() if row.params.get("fault") == HANGS)
+    kept = pd.read_parquet(failing.trial_dir(row.number, row.trial_id) / "requests.parquet")
+    assert len(kept.query("phase == 'measure' and error.isna()")) > 4
 
 
 def test_rays_metrics_have_the_studys_own_figures_for_prometheus(failing: ResultsFolder) -> None:

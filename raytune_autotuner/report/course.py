@@ -1,7 +1,8 @@
 """The course of a trial's loads, from what the trial left in its folder: `requests.parquet`, `engine_metrics.parquet`.
 
 What has not been left, or is broken, is absent and no error: a trial that was killed leaves neither, unless by its
-deadline. The files are those of `load/`, read by their columns; it knows nothing of scores, charts or event files.
+deadline or as hung. The files are those of `load/`, read by their columns; it knows nothing of scores, charts or event
+files.
 """
 
 from __future__ import annotations

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import socket
-import sys
 import threading
 import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -26,15 +23,16 @@ from typing import Any, NoReturn, TypeAlias
 from raytune_autotuner.engine.contract import Engine, Launch, Rank
 from raytune_autotuner.engine.gpus import EnergyMeter
 from raytune_autotuner.engine.machine import hardware, together
-from raytune_autotuner.engine.processes import MARK_VARIABLE, free_cores, free_port, make_mark
+from raytune_autotuner.engine.processes import free_cores, free_port, make_mark
 from raytune_autotuner.engine.running import RunningServer
-from raytune_autotuner.engine.scratch import Scratch
 from raytune_autotuner.engine.server import EngineServer
 from raytune_autotuner.engine.spanning import Follower, SpanningServer
-from raytune_autotuner.load import client, quality, spread, vllm_bench
+from raytune_autotuner.load import client, quality
 from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.engine_metrics import EngineWatch
-from raytune_autotuner.load.trouble import processes_wanted, starvation
+from raytune_autotuner.load.spread import ClientLost
+from raytune_autotuner.load.trouble import starvation
+from raytune_autotuner.load.vllm_bench import BenchFailed
 from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import write_result
@@ -49,6 +47,7 @@ from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialResult
 from raytune_autotuner.tune.measured import Measured
+from raytune_autotuner.tune.sender import Sender
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +61,8 @@ DYING_S = 3.0
 MAX_BISECTIONS = 5
 MIN_WARMUP_S = 1.0
 """A shorter warm-up says nothing of the client's share of CPU: that is the one of opening connections."""
+LAST_WORDS_S = 1.2
+"""Before a trial may be ended: a load is heard twice a second, and its requests take some tenths of one to write."""
 CLOSE_ENOUGH = 1.05
 """Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
 _FINAL = r"HTTP 4(?!08|25|29)\d\d|answer cut short: no usage"
@@ -95,8 +96,8 @@ class Evaluation:
     """What the baseline's engine answered; None for the baseline itself."""
     deadline: float = 0.0
     """On `time.monotonic()`'s clock."""
-    last_words: float = math.inf
-    """On the same clock: then a load writes down what it has measured, for its trial may be ended from outside."""
+    time_up: float = math.inf
+    """On the same clock: then the trial is ended from outside."""
     stage: Stage = Stage.ARGUMENTS
     share: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -116,10 +117,6 @@ class Evaluation:
         self._load_log = LogWriter(self.workdir / "load.log")
         self._measured = Measured(self.study, self._paid_for)
         self._answers: tuple[str, ...] = ()
-        self._bench: vllm_bench.BenchServe | None = None
-        asked = self.study.workload.client_processes
-        self._processes = 1 if asked == "auto" else asked
-        self._dialect = Dialect.of(self.study.engine)
         failure = None
         try:
             yield from self._measure()
@@ -144,21 +141,20 @@ class Evaluation:
 
     def _measure(self) -> Generator[Metrics, None, None]:
         self._require_files()
-        with self._place() as server, ExitStack() as self._until_the_end:
+        with self._place() as server, Sender(self.study, make_mark(self.run_id, self.trial_id)) as self._sender:
             try:
-                self._clients = self._until_the_end.enter_context(spread.Clients())
                 server.start()
                 self._await_ready(server)
-                self._clients.start(self._processes)
+                self._sender.start()
                 self._ask_quality(server)
                 yield from self._loads(server)
                 self.on_measured()
-            except spread.ClientLost as error:
+            except ClientLost as error:
                 self._await_death(server)  # what ended it may have ended the engine too
                 remedy = "See what ended it: the kernel's log, where memory ran out."
                 self._fail(Kind.UNKNOWN, str(error), remedy, Blame.ENVIRONMENT)
             finally:
-                self._until_the_end.close()
+                self._sender.close()
                 with self._timed("stop"):
                     # vLLM ignores SIGTERM while it starts, so there is nothing to wait for before it is ready.
                     server.stop(None if self.stage.order >= Stage.READY.order else IMPATIENT_S)
@@ -225,7 +221,8 @@ class Evaluation:
 
     def _completes(self, base_url: str) -> bool:
         """Whether a real completion came back; raises `TrialFailed` where the server will never give one."""
-        error = client.completion_error(base_url, self.engine.served_model, PROBE_TIMEOUT_S, self._dialect)
+        dialect = Dialect.of(self.study.engine)
+        error = client.completion_error(base_url, self.engine.served_model, PROBE_TIMEOUT_S, dialect)
         if error is not None and re.match(_FINAL, error):
             remedy = "Compare engine.api, engine.served_model and engine.request with what the server takes."
             blame = Blame.PARAMETERS if self.params else Blame.STUDY
@@ -344,32 +341,34 @@ class Evaluation:
         requests = generate(self.study.workload, level, number, phase, seed_offset=offset)
         stage = Stage.WARMUP if phase == "warmup" else Stage.LOAD
 
-        answered = 0
+        answered, answered_at, written = 0, time.monotonic(), 0
 
         def progress(finished: int, total: int, failed: int) -> None:
-            nonlocal answered
+            nonlocal answered, answered_at, written
             self._moved(stage, (done + (finished - failed) / max(total, 1)) / of, always=finished > answered)
-            answered = finished
+            if finished > answered:
+                answered, answered_at = finished, time.monotonic()
             self._load_log.write(
                 stage, f"{level.label} round {number}: {finished} of {total} requests, {failed} failed"
             )
-            if time.monotonic() >= self.last_words:
-                self.last_words = math.inf
+            if len(kept) > written and self._ends_soon(answered_at):
+                written = len(kept)
                 self._keep_requests(kept)
 
         kept: list[RequestRecord] = []
         try:
-            load = self._client(phase)(
+            load = self._sender.send(
                 server.base_url,
                 self.engine.served_model,
                 requests,
                 level,
+                phase,
                 deadline=self.deadline,
                 on_progress=progress,
                 check=server.check,
                 keep=kept,
             )
-        except vllm_bench.BenchFailed as error:
+        except BenchFailed as error:
             self._await_death(server)
             self._fail(Kind.UNKNOWN, str(error), "Take workload.client: builtin, or see load.log.", Blame.ENVIRONMENT)
         finally:
@@ -383,31 +382,19 @@ class Evaluation:
         self._judge(load, server)
         return load
 
+    def _ends_soon(self, answered_at: float) -> bool:
+        """Whether the trial may be ended from outside before its load is heard again: out of time, or as hung."""
+        now, patience_s = time.monotonic(), self.study.trial.hung_after_s
+        hangs = now - answered_at >= max(patience_s - LAST_WORDS_S, patience_s / 2)
+        return hangs or now >= self.time_up - LAST_WORDS_S
+
     def _takes_more_clients(self, load: client.LoadRun, level: Level) -> bool:
         """Whether a load had too few client processes and can have more, which are there for all loads from now on."""
-        workload = self.study.workload
-        if workload.client != "builtin" or workload.client_processes != "auto":
+        if not self._sender.grow(load, level):
             return False
-        possible = min(len(os.sched_getaffinity(0)), spread.most_processes(level, load.requests))
-        processes = min(processes_wanted(load.client_cpu_share, load.processes), possible)
-        if processes <= load.processes:
-            return False
-        self._processes = max(self._processes, processes)
-        said = f"{load.client_cpu_share:.0%} of a core: from now on {self._processes} client processes"
+        said = f"{load.client_cpu_share:.0%} of a core: from now on {self._sender.processes} client processes"
         self._log.write(self.stage, f"{level.label}: the busiest client process used {said}")
-        self._clients.start(self._processes)
         return True
-
-    def _client(self, phase: Phase) -> Callable[..., client.LoadRun]:
-        """Who sends a load; a warm-up is always the built-in client's, since the other takes 15 s to import."""
-        if phase == "warmup" or self.study.workload.client == "builtin":
-            return partial(self._clients.measure, processes=self._processes, dialect=self._dialect)
-        if self._bench is None:
-            python = str(self.study.engine.python or sys.executable)
-            scratch = self._until_the_end.enter_context(Scratch(os.environ))
-            own = {MARK_VARIABLE: make_mark(self.run_id, self.trial_id), **scratch.variables}
-            self._bench = self._until_the_end.enter_context(vllm_bench.BenchServe(python, own))
-        return self._bench.measure
 
     def _judge(self, load: client.LoadRun, server: Server) -> None:
         """Raise `TrialFailed` where a load was not answered as it should be."""

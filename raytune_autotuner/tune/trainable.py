@@ -34,8 +34,6 @@ from raytune_autotuner.tune.standing import Standing
 
 BACKSTOP_S = 2.0
 """The actor's own deadline lies so much after the monitor's, which is the one that counts."""
-LAST_WORDS_S = 1.2
-"""Before the monitor's deadline: a load is heard twice a second, and its requests take some tenths of one to write."""
 A_TRACE = 0.001
 """Of an accelerator's name, which Ray counts as a resource of which each such node has 1."""
 BEAT_S = 0.2
@@ -136,7 +134,7 @@ class EngineTrial(tune.Trainable):
             restart=self.config["restart"],
             reference=self.config["reference"],
             deadline=deadline,
-            last_words=time_up - LAST_WORDS_S,
+            time_up=time_up,
             followers=self._followers(study, workdir, deadline),
             address=address_here(),
         )
