@@ -58,6 +58,17 @@ def test_scores_under_another_load_or_objective_are_not_held_together(tmp_path: 
     assert "The studies have different objectives." in Elements(comparison_page(goal)).text
 
 
+def test_goodput_under_another_slo_is_another_figure_and_throughput_is_not(tmp_path: Path) -> None:
+    def under(metric: str, limit: float) -> ResultsFolder:
+        objective = {"maximize": metric, "slo": {"ttft_ms": {"mean": limit}}}
+        return make_folder(tmp_path, sample_rows(), make_study(study=f"{metric}-{limit:g}", objective=objective))
+
+    found = compare([under("goodput_rps", 100), under("goodput_rps", 5000)])
+    assert not found.comparable
+    assert "objective slo" in found.caution
+    assert compare([under("output_throughput_tok_s", 100), under("output_throughput_tok_s", 5000)]).comparable
+
+
 def test_the_terminal_says_what_each_came_to_and_what_differs(tmp_path: Path) -> None:
     text = printed(two(tmp_path, search={"trials": 7}))
     assert "one" in text

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.results import ResultsFolder, write_result
 from raytune_autotuner.report.status import StudyStatus, read_status, write_status
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
@@ -119,9 +119,13 @@ def test_restarts_are_measured_again_side_by_side_where_there_may_be_other_final
 ) -> None:
     _, run = begun(tmp_path)
     row = TrialRow(0, "a", "baseline", {}, State.MEASURED, score=1.0)
-    run.write_rows([row, replace(row, number=1, trial_id="b", name="", verifies=0, restart=0)])
+    again = replace(row, number=1, trial_id="b", name="", verifies=0, restart=0)
+    run.write_rows([row, again])
+    run.add_suggestion(replace(again, number=2, trial_id="c", state=State.PENDING))
+    write_result(run.trial_dir(2, "c"), TrialResult({"drift": 0.5}))
     kept = kept_rows(run, load_study(write_study(tmp_path, **changes)))
-    assert [one.state for one in kept] == [State.MEASURED, state]
+    ended = State.RUNNING if state is State.MEASURED else state
+    assert [one.state for one in kept] == [State.MEASURED, state, ended]
 
 
 def _failed(number: int, failure: Failure) -> TrialRow:

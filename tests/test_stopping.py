@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_search_ends_with_its_reason(search: dict[str, Any], scores: list[floa
 def test_a_score_that_misses_an_slo_reaches_no_target_and_ends_no_plateau() -> None:
     assert enough(study(target=10.0), rows(20, violation=0.5)) is None
     assert enough(study(plateau=1), rows(20, 30, violation=0.5)) is None
+
+
+def test_with_several_objectives_a_plateau_ends_where_no_earlier_trial_is_as_good() -> None:
+    both = parse_study(merged(BASE, {"search": {"plateau": 2}, "objective": {"minimize": "ttft_ms_mean"}}))
+
+    def of(*scores: tuple[float, float]) -> list[TrialRow]:
+        pairs = zip(rows(*(first for first, _ in scores)), scores, strict=True)
+        return [replace(row, scores=both) for row, both in pairs]
+
+    assert enough(both, of((100, 50), (90, 40), (80, 30), (70, 20))) is None
+    assert enough(both, of((100, 50), (90, 40), (90, 45), (100, 50))) is not None
 
 
 def test_interrupted_trials_break_no_row_of_failures_and_lost_ones_count() -> None:

@@ -20,7 +20,7 @@ from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 from raytune_autotuner.tune.cache import Cache, read_cache
 from raytune_autotuner.tune.versions import versions
 from raytune_autotuner.tune.warm_start import best_of, learn_from_earlier
-from tests.report_samples import METRIC, NO_MEMORY, failed, measured
+from tests.report_samples import METRIC, NO_MEMORY, failed, make_study, measured, setting
 from tests.searches import Search
 from tests.studies import optuna_trials, run_study, write_study
 from tests.study_folders import make_folder
@@ -110,6 +110,61 @@ def test_figures_of_another_study_are_refused_and_the_difference_is_named(
     with pytest.raises(ConfigError, match="does not compare") as refused:
         learn_from_earlier(study, versions_of(study))
     assert named in str(refused.value)
+
+
+GOODPUT = "goodput_rps"
+
+
+def before_this(parent: Path, objective: dict[str, Any], *rows: TrialRow) -> list[str]:
+    """The results folder of an earlier study with these rows, for `search.warm_start`."""
+    study = make_study(objective=objective)
+    run = make_folder(parent, rows, study)
+    run.write_versions(versions_of(study))
+    return [str(run.path)]
+
+
+def with_goodput(row: TrialRow, goodput: float) -> TrialRow:
+    return replace(row, result=TrialResult({**row.result.metrics, GOODPUT: goodput}))
+
+
+def test_trials_without_the_objectives_figures_are_not_learned_as_failures(tmp_path: Path) -> None:
+    slo = {"ttft_ms": {"p90": 3000}}
+    unjudged = with_goodput(measured(3, 9.0, setting(3)), 9.0).result.metrics
+    source = before_this(
+        tmp_path,
+        {"maximize": METRIC, "slo": slo},
+        with_goodput(measured(0, 100.0), 5.0),
+        measured(1, 120.0, setting(1)),
+        replace(with_goodput(measured(2, 9.0, setting(2)), 9.0), state=State.STOPPED, score=None, bound=9.0),
+        replace(measured(3, 9.0, setting(3)), result=TrialResult({k: unjudged[k] for k in (METRIC, GOODPUT)})),
+        failed(4, setting(4)),
+    )
+    study = make_study(objective={"maximize": GOODPUT, "slo": slo}, search={"warm_start": source})
+    (learned,) = learn_from_earlier(study, versions_of(study))
+    assert [(row.number, row.state, row.score) for row in learned.rows] == [
+        (0, State.MEASURED, 5.0),
+        (4, State.FAILED, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"maximize": METRIC}, False),
+        ({"maximize": METRIC, "minimize": GOODPUT}, True),
+        ({"maximize": METRIC, "attainment": 0.9}, True),
+        ({"maximize": "max_load_under_slo"}, True),
+    ],
+)
+def test_figures_that_rest_on_another_slo_are_refused(tmp_path: Path, changes: dict[str, Any], refused: bool) -> None:
+    source = before_this(tmp_path, {"maximize": METRIC, "slo": {"ttft_ms": {"p90": 99}}}, measured(0, 100.0))
+    objective = {**changes, "slo": {"ttft_ms": {"p90": 3000}}}
+    study = make_study(objective=objective, search={"warm_start": source})
+    if not refused:
+        assert len(learn_from_earlier(study, versions_of(study))[0].rows) == 1
+        return
+    with pytest.raises(ConfigError, match="objective.slo was .* and is"):
+        learn_from_earlier(study, versions_of(study))
 
 
 @pytest.mark.slow

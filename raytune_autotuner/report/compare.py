@@ -6,7 +6,7 @@ like `report.html`. Scores are set side by side only where the studies have the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class Comparison:
 
     @property
     def _in_the_way(self) -> list[Difference]:
-        return [one for one in self.differences if one.about == "workload" or one.name == SCORE]
+        in_scores = {SCORE, *(key for one in self.studies for key in one.study.objective.in_scores)}
+        return [one for one in self.differences if one.about == "workload" or _is_of(one, in_scores)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -65,6 +66,10 @@ class Comparison:
             "differences": [asdict(one) for one in self.differences],
             "comparable": self.comparable,
         }
+
+
+def _is_of(difference: Difference, keys: Collection[str]) -> bool:
+    return difference.about == "objective" and difference.name in keys
 
 
 def compare(folders: Sequence[ResultsFolder]) -> Comparison:

@@ -360,6 +360,14 @@ class ObjectiveSpec(_Model):
         """Which way of the first objective is better."""
         return self.targets[0][1]
 
+    @property
+    def in_scores(self) -> tuple[Literal["slo", "attainment"], ...]:
+        """Which of its own keys the scores themselves depend on: goodput is another figure under another SLO."""
+        names = {name.partition("@")[0] for name, _ in self.targets}
+        if "max_load_under_slo" in names:
+            return ("slo", "attainment")
+        return ("slo",) if names & {"goodput_rps", "slo_attainment"} else ()
+
 
 class SearchSpec(_Model):
     """How the space is searched."""
@@ -377,14 +385,16 @@ class SearchSpec(_Model):
     """Settings to try first, right after the baseline. Names and values must lie in the search space."""
     warm_start: Annotated[tuple[str, ...], BeforeValidator(_as_list), _one_or_list(_PATH)] = ()
     """Results folders, or their URIs, of earlier studies to learn from. Model, engine, its fixed arguments, hardware
-    and workload must be the same; what is not is refused and named. Settings outside the search space are left out."""
+    and workload must be the same, and what the scores rest on (the SLO of a goodput, the price of a cost); what is not is
+    refused and named. Settings outside the search space and trials without this study's figures are left out."""
     cache: Annotated[bool, Field(strict=True)] = False
     """Whether a setting that an earlier run under the same `--results` has measured in the same way is answered from
     there and costs no trial; see [search.md](search.md#answers-of-earlier-runs)."""
     target: Annotated[float, Field(strict=True)] | None = None
     """The search ends once the first objective is as good as this, with every SLO met."""
     plateau: Positive | None = None
-    """The search ends after so many trials in a row that found nothing better."""
+    """The search ends after so many trials in a row that found nothing better. With several objectives better is what
+    no earlier trial equals or beats in all of them."""
     stop_early: Annotated[bool, Field(strict=True)] = True
     """Whether a trial ends between two loads once it cannot beat the best one so far."""
     max_failures_in_a_row: Positive = 50

@@ -23,6 +23,7 @@ from raytune_autotuner.report.runs import fetch, kept_in, runs_at
 from raytune_autotuner.report.status import STALE_S, StudyStatus, read_status
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -96,20 +97,21 @@ def kept_rows(folder: ResultsFolder, study: Study) -> list[TrialRow]:
         dict(_flat(yaml.safe_load(text))) for text in (folder.study_file.read_text("utf-8"), study_yaml(study))
     )
     again = any(then.get(key) != now.get(key) for key in _DECIDES_FINALISTS)
-    return [_kept(row, again) if row.state.finished else _with_result(folder, row) for row in folder.read_rows()]
+    return [_kept(_with_result(folder, row), again) for row in folder.read_rows()]
 
 
 def _kept(row: TrialRow, measured_again: bool) -> TrialRow:
     if measured_again and row.verifies is not None:
         return replace(row, state=State.INTERRUPTED)
-    if not row.at_fault:
+    if row.result.failure is None or row.result.failure.blame is not Blame.STUDY:
         return row
     result = replace(row.result, failure=None)
     return replace(row, state=State.INTERRUPTED, result=result, violation=None, penalty=None)
 
 
 def _with_result(folder: ResultsFolder, row: TrialRow) -> TrialRow:
-    result = read_result(folder.trial_dir(row.number, row.trial_id))
+    """One that had not ended, with the result that it has left behind."""
+    result = None if row.state.finished else read_result(folder.trial_dir(row.number, row.trial_id))
     return row if result is None else replace(row, state=State.RUNNING, result=result)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
+from raytune_autotuner.score.pareto import dominates, scores_of
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialRow
 
@@ -47,11 +48,17 @@ def _better(study: Study, score: float, than: float) -> bool:
 
 
 def _since_better(study: Study, ended: Sequence[TrialRow]) -> int:
-    """How many of the last trials are no better than the best before them; 0 before anything was feasible."""
-    best, stale = None, 0
+    """How many of the last trials are no better than all before them; 0 before anything was feasible.
+
+    With several objectives one is better that no earlier one dominates or equals.
+    """
+    directions = [direction for _, direction in study.objective.targets]
+    best: list[tuple[float, ...]] = []
+    stale = 0
     for row in ended:
-        if row.feasible and row.score is not None and (best is None or _better(study, row.score, best)):
-            best, stale = row.score, 0
-        elif best is not None and row.counts:
+        scores = scores_of(row) if row.feasible else ()
+        if scores and not any(known == scores or dominates(known, scores, directions) for known in best):
+            best, stale = [*best, scores], 0
+        elif best and row.counts:
             stale += 1
     return stale

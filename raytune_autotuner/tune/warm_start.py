@@ -15,13 +15,14 @@ from raytune_autotuner.report.runs import open_run
 from raytune_autotuner.report.store import place
 from raytune_autotuner.report.verdict import best_so_far
 from raytune_autotuner.score.metrics import AGAINST_BASELINE
-from raytune_autotuner.score.objective import judged
+from raytune_autotuner.score.objective import judged, promises
 from raytune_autotuner.score.quality import QualityLoss, judge
+from raytune_autotuner.score.slo import measured as is_measured
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.failure import Kind
 from raytune_autotuner.study.masking import mask_values
-from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import TrialRow
+from raytune_autotuner.study.study import ObjectiveSpec, Study
+from raytune_autotuner.study.trial import State, TrialRow
 
 _OF_ANY = {"command", "api", "request", "exact_lengths"}
 """Keys of `engine` that say what is started and what is asked of it, where the engine is not known."""
@@ -53,14 +54,13 @@ def learn_from_earlier(study: Study, versions: Mapping[str, Any]) -> list[Learne
 
 
 def _learn(study: Study, versions: Mapping[str, Any], earlier: ResultsFolder) -> Learned:
-    before, price = earlier.load_study(), "resources.price_per_hour"
-    then, now = fingerprint(before, earlier.read_versions()), fingerprint(study, versions)
-    if any(metric.startswith("cost_") for metric, _ in study.objective.targets):
-        then, now = ({**of, price: one.resources.price_per_hour} for of, one in ((then, before), (now, study)))
+    before = earlier.load_study()
+    then = {**fingerprint(before, earlier.read_versions()), **_scored_by(before, study.objective)}
+    now = {**fingerprint(study, versions), **_scored_by(study, study.objective)}
     _check_same(then, mask_values(now), earlier.place)
     ended = [row for row in earlier.read_rows() if row.state.teaches and row.verifies is None and not row.at_fault]
     inside = [row for row in ended if _is_inside(study, row.params)]
-    told = [row for row in inside if _is_judged_alike(study, row)]
+    told = [row for row in inside if _tells(study, row) and _is_judged_alike(study, row)]
     return Learned(
         earlier,
         tuple(judged(study, replace(row, name="", retry_of=None), row.result) for row in told),
@@ -85,6 +85,15 @@ def fingerprint(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _scored_by(study: Study, objective: ObjectiveSpec) -> dict[str, Any]:
+    """What beyond the fingerprint the figures of `study` rest on that `objective` looks at, by key."""
+    keys = {*objective.in_scores, *(("slo",) if objective.attainment is not None else ())}
+    found = {f"objective.{key}": getattr(study.objective, key) for key in sorted(keys)}
+    if any(metric.startswith("cost_") for metric, _ in objective.targets):
+        found["resources.price_per_hour"] = study.resources.price_per_hour
+    return found
+
+
 def _check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: str) -> None:
     different = [name for name in now if then[name] != now[name]]
     if different:
@@ -97,6 +106,15 @@ def _is_inside(study: Study, params: Mapping[str, Any]) -> bool:
     if not params.keys() <= known.keys() or study.space.violated(params, study.fixed):
         return False
     return all(known[name].distribution.contains(value) for name, value in params.items())
+
+
+def _tells(study: Study, row: TrialRow) -> bool:
+    """Whether the row has all that this study asks for, or failed: one that was stopped early, say, has not."""
+    if row.state is State.FAILED:
+        return True
+    metrics = row.result.metrics
+    asked = [*(metric for metric, _ in study.objective.targets), *(one.name for one in promises(study, metrics))]
+    return row.state is State.MEASURED and all(is_measured(metrics, name) is not None for name in asked)
 
 
 def _is_judged_alike(study: Study, row: TrialRow) -> bool:
