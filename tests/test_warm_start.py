@@ -163,7 +163,7 @@ def test_figures_that_rest_on_another_slo_are_refused(tmp_path: Path, changes: d
     if not refused:
         assert len(learn_from_earlier(study, versions_of(study))[0].rows) == 1
         return
-    with pytest.raises(ConfigError, match="objective.slo was .* and is"):
+    with pytest.raises(ConfigError, match=r"objective\.slo was .* and is"):
         learn_from_earlier(study, versions_of(study))
 
 

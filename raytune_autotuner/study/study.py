@@ -384,8 +384,8 @@ class SearchSpec(_Model):
     points: tuple[dict[str, Any], ...] = ()
     """Settings to try first, right after the baseline. Names and values must lie in the search space."""
     warm_start: Annotated[tuple[str, ...], BeforeValidator(_as_list), _one_or_list(_PATH)] = ()
-    """Results folders, or their URIs, of earlier studies to learn from. Model, engine, its fixed arguments, hardware
-    and workload must be the same, and what the scores rest on (the SLO of a goodput, the price of a cost); what is not is
+    """Results folders, or their URIs, of earlier studies to learn from. Model, engine, its fixed arguments, hardware,
+    workload and what the scores rest on (the SLO of a goodput, the price of a cost) must be the same; what is not is
     refused and named. Settings outside the search space and trials without this study's figures are left out."""
     cache: Annotated[bool, Field(strict=True)] = False
     """Whether a setting that an earlier run under the same `--results` has measured in the same way is answered from
