@@ -160,7 +160,7 @@ def test_every_request_gets_a_record_with_the_servers_own_counts() -> None:
     for record in outcome.records:
         assert record.error is None
         assert (record.tokens_in, record.tokens_out, len(record.token_times_s)) == (8, 4, 4)
-        assert record.scheduled_s == record.sent_s
+        assert 0 <= record.scheduled_s < record.sent_s  # due when its place is free, and sent once it has a connection
         assert record.first_token_s == record.token_times_s[0]
         assert record.sent_s < record.token_times_s[0] <= record.token_times_s[-1] <= record.end_s
     assert outcome.duration_s == max(record.end_s for record in outcome.records)
@@ -251,6 +251,12 @@ def test_open_loop_does_not_wait_for_answers() -> None:
         (events(b"<html>what?</html>\n\n"), "not an event: '<html>what.*"),
         (events(sse(b"{garbage")), "not JSON: '{garbage'"),
         (events(sse([1, 2])), "not a chunk"),
+        (events(sse({"choices": 5, "usage": {}})), "not a chunk"),
+        (events(sse({"choices": [{"delta": "x", "role": "a"}], "usage": {}})), "not a chunk"),
+        (events(sse(b"[" * 100_000)), r"not JSON: '\[\["),
+        (status(400, b"[" * 100_000), r"HTTP 400: \[\["),
+        (status(400, b'{"error": {"message": "half of \\ud83d"}}'), r"HTTP 400: half of \?"),
+        (events(text_event(), usage_event(8, 2**70), DONE), "no usage"),
         (events(b'{"text": "all at once, not streamed"}'), "cut short after"),
         (events(text_event(), text_event()), "cut short: no usage after 2 chunks"),
         (events(text_event(), usage_event(8, 1), DONE), "4 output tokens wanted, 1 answered"),
@@ -605,6 +611,12 @@ def test_usage_that_comes_with_a_token_counts_once(separators: tuple[str, str]) 
     parsed.close(2)
     with pytest.raises(BadAnswer):
         parsed.close(3)
+
+
+def test_an_event_without_data_says_nothing() -> None:
+    parsed = TokenStream()
+    parsed.feed(b": a comment\n\nevent: ping\n\nid: 7\nretry: 100\n\ndata:\n\n", 0.0)
+    assert (parsed.times_s, parsed.tokens_out, parsed.done) == ([], None, False)
 
 
 def read(data: bytes) -> None:

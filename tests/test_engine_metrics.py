@@ -153,7 +153,7 @@ def test_rounds_are_pooled() -> None:
 
 def test_a_counter_that_one_round_lacks_is_absent() -> None:
     whole = [Sample(0, True, preemptions=1), Sample(2, True, preemptions=4)]
-    for half in (whole[:1], [Sample(0, True), Sample(1, True)]):
+    for half in (whole[:1], [Sample(0, True), Sample(1, True)], []):
         assert "preemptions" not in summarize([whole, half])
 
 

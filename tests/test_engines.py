@@ -308,6 +308,7 @@ def test_a_study_of_a_server_that_runs_is_refused_and_so_is_a_server_that_is_not
         (['{"choices":[{"delta":{"role":"assistant","content":"a"}}]}'], 1),
         (['{"choices":[{"delta":{"role":"assistant","content":null}}]}'], 0),
         (['{"choices":[{"delta":{"reasoning_content":"hm"}}]}'], 1),
+        (['{"choices":[{"delta":{"content":"a"}}]}', '{"choices":[{"delta":{},"finish_reason":"length"}]}'], 2),
         (['{"choices":[{"text":"say \\"role\\": x"}]}'], 1),
         (['{"choices":[{"text":""}],"usage":{"completion_tokens":3}}'], 1),
         (['{"choices":[],"usage":{"completion_tokens":0}}'], 0),

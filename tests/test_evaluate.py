@@ -13,6 +13,7 @@ import pytest
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.load.parquet import read_records
+from raytune_autotuner.load.trouble import Clocks
 from raytune_autotuner.load.workload import Level
 from raytune_autotuner.report.course import SAMPLES
 from raytune_autotuner.score.metrics import ENGINE_METRICS
@@ -190,6 +191,16 @@ def test_an_engine_that_dies_under_load_has_got_as_far_as_its_trial(
     assert failure is not None
     assert (failure.stage, failure.kind) == (stage, Kind.ENGINE_DIED)
     assert stage is Stage.WARMUP or 0.5 <= failure.share < 0.9  # what failed with the engine is no progress
+
+
+def test_requests_that_fail_as_the_clock_jumps_are_not_the_engines_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clocks, "jump_s", lambda *_: 60.0)
+    changes = {"engine": {"args": {"fault": "disconnect@load:after=1"}}, "workload": {"requests": 8, "concurrency": 4}}
+    failure = play(tmp_path, changes).result.failure
+    assert failure is not None
+    assert (failure.kind, failure.blame) == (Kind.CLOCK_JUMPED, Blame.ENVIRONMENT)
 
 
 def test_a_load_whose_trial_is_about_to_be_ended_writes_down_what_it_has_measured(tmp_path: Path) -> None:

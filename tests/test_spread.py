@@ -197,6 +197,19 @@ def test_a_client_that_is_killed_is_told_and_the_records_of_the_others_are_kept(
         assert send(clients, engine, requests(10)).complete  # by new ones
 
 
+@pytest.mark.slow
+def test_of_a_client_that_died_between_two_loads_no_record_is_kept_twice(engine: Server) -> None:
+    kept: list[RequestRecord] = []
+    others = children(os.getpid())
+    with Clients() as clients:
+        send(clients, engine, requests(6))
+        first = min(children(os.getpid()) - others)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(ClientLost):
+            send(clients, engine, requests(6), keep=kept)
+    assert kept == []
+
+
 PARENT = """
 import sys, time
 from raytune_autotuner.load.spread import Clients

@@ -222,7 +222,7 @@ class Load:
         return time.monotonic() - self._start
 
     async def _send(self, request: Request, data: bytes, scheduled_s: float | None = None) -> None:
-        """Send one request, due now or since `scheduled_s`, and keep its record, whatever becomes of it."""
+        """Send one request, due since `scheduled_s` or just now, and keep its record, whatever becomes of it."""
         stream = TokenStream()
         sendings = [time.monotonic()]
         error: str | None = self._ended_by
@@ -241,8 +241,8 @@ class Load:
         except BadAnswer as problem:
             error = short(str(problem))
         finally:
-            sent_s = sendings[-1] - self._start
-            self._record(request, stream, sent_s if scheduled_s is None else scheduled_s, sent_s, error)
+            due_s = sendings[0] - self._start if scheduled_s is None else scheduled_s
+            self._record(request, stream, due_s, sendings[-1] - self._start, error)
 
     async def _answer(self, data: bytes, stream: TokenStream, sendings: list[float]) -> None:
         """Read the whole answer into `stream`.

@@ -164,9 +164,10 @@ def _is_finite(sample: prometheus_client.samples.Sample) -> bool:
 def summarize(loads: Iterable[Sequence[Sample]]) -> dict[str, float]:
     """Metrics of one or several loads, their samples pooled: what the counters grew by, and means of the rest.
 
-    Absent is what the engine does not tell, and, of a load shorter than a sample's interval, the means.
+    Absent is what the engine does not tell, and, of a load shorter than a sample's interval, the means. What a counter
+    grew by is unknown where one of the loads has no samples.
     """
-    loads = [load for load in loads if load]
+    loads = [*loads]
     return {
         **_grown(loads),
         **_statistics("kv_cache_usage", [s.kv_cache_usage for load in loads for s in load if not s.edge]),
@@ -188,6 +189,8 @@ def _growth(loads: Sequence[Sequence[Sample]], counter: str) -> float | None:
     """By how much a counter grew over all loads; None where one of them does not tell."""
     total = 0.0
     for load in loads:
+        if not load:
+            return None
         first, last = getattr(load[0], counter), getattr(load[-1], counter)
         if first is None or last is None or not (load[0].edge and load[-1].edge and len(load) > 1):
             return None

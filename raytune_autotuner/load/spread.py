@@ -130,9 +130,11 @@ class Clients:
         self._fill_queue(total)
         clients = self._all[: len(parts)]
         talk = _Talk(clients, parts[0].deadline + GRACE_S, look)
+        for one in clients:  # all of them first: of the last load nothing may be taken for this one's
+            one.said = _Said()
         try:
             for one, part in zip(clients, parts, strict=True):
-                one.begin(part)
+                one.tell(part)
             talk.until(lambda one: one.said.ready)
             talk.tell(time.monotonic() + HEAD_START_S)
             talk.until(lambda one: one.said.ended)
@@ -225,11 +227,6 @@ class _Client:
                 start_new_session=True,  # Ctrl-C is for the parent, which then asks for the records
             )
         self.said = _Said()
-
-    def begin(self, part: Part) -> None:
-        """Have it get ready for a load; raises `ClientLost`."""
-        self.said = _Said()
-        self.tell(part)
 
     def tell(self, word: Any) -> None:
         """Raises `ClientLost`."""

@@ -13,6 +13,9 @@ from raytune_autotuner.study.errors import AutotunerError
 
 _MAX_EVENT_BYTES = 2**20
 _MAX_ERROR_CHARS = 200
+_MAX_COUNT = 2**63
+_FIELDS = (b"data:", b"event:", b"id:", b"retry:")
+"""Of an event; one without data says nothing of tokens, such as a ping."""
 
 
 class BadAnswer(AutotunerError):
@@ -73,19 +76,22 @@ class TokenStream:
             self.done = True
         elif data:
             self._take(data, now_s)
-        elif lines:
+        elif not all(line.startswith(_FIELDS) for line in lines):
             raise BadAnswer(f"not an event: {short(event)!r}")
 
     def _take(self, data: bytes, now_s: float) -> None:
         try:
             chunk = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadAnswer(f"not JSON: {short(data)!r}") from error
         if not isinstance(chunk, dict):
             raise BadAnswer(f"not a chunk: {short(data)!r}")
         if chunk.get("error"):
             raise BadAnswer(f"error in the stream: {_message(chunk)}")
-        if _brings_token(chunk):
+        told = _told(chunk)
+        if told is None:
+            raise BadAnswer(f"not a chunk: {short(data)!r}")
+        if _brings_token(told, beside_usage=isinstance(chunk.get("usage"), dict)):
             self.times_s.append(now_s)
         if isinstance(usage := chunk.get("usage"), dict):
             self.tokens_in, self.tokens_out = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
@@ -101,22 +107,33 @@ def _is_plain_token(event: bytes) -> bool:
     return b'"choices": [{' in event and b'"usage": {' not in event
 
 
-def _brings_token(chunk: dict[str, Any]) -> bool:
-    """Whether a token has come: not with the opening of a chat, nor with a usage beside a choice without text."""
-    choices = [choice for choice in chunk.get("choices") or () if isinstance(choice, dict)]
+def _told(chunk: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What each choice of a chunk tells; None where that is no chunk of an answer."""
+    choices = chunk.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        return None
     told = [choice.get("delta") or {"text": choice.get("text")} for choice in choices]
-    may_be_empty = isinstance(chunk.get("usage"), dict) or any("role" in part for part in told)
-    return bool(choices) and (not may_be_empty or any(part[name] for part in told for name in part if name != "role"))
+    return told if all(isinstance(part, dict) for part in told) else None
+
+
+def _brings_token(told: list[dict[str, Any]], beside_usage: bool) -> bool:
+    """Whether a token has come: not with the opening of a chat, nor with a usage beside a choice without text.
+
+    The closing of a chat, a choice with nothing but the reason, counts as one, as it does for vLLM's `bench serve`:
+    some servers send the last token with it.
+    """
+    may_be_empty = beside_usage or any("role" in part for part in told)
+    return bool(told) and (not may_be_empty or any(part[name] for part in told for name in part if name != "role"))
 
 
 def _count(usage: dict[str, Any], name: str) -> int | None:
     value = usage.get(name)
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, int) and 0 <= value < _MAX_COUNT else None
 
 
 def message_in(body: bytes) -> str:
     """What a refusal says: the error message in its JSON, else its text."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         parsed = json.loads(body)
         if isinstance(parsed, dict):
             return _message(parsed)
@@ -129,6 +146,6 @@ def _message(chunk: dict[str, Any]) -> str:
 
 
 def short(text: bytes | str) -> str:
-    """One line of at most 200 characters."""
+    """One line of at most 200 characters, which can be written as UTF-8: JSON may hold half a character."""
     shown = text[: 4 * _MAX_ERROR_CHARS].decode(errors="replace") if isinstance(text, bytes) else text
-    return " ".join(shown.split())[:_MAX_ERROR_CHARS]
+    return " ".join(shown.split())[:_MAX_ERROR_CHARS].encode(errors="replace").decode()

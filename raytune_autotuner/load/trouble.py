@@ -88,8 +88,8 @@ def find_trouble(
     """What spoils the load, the worst first; None where nothing does."""
     if (starved := starvation(records)) is not None:
         return starved
-    if abs(clock_jump_s) > MAX_CLOCK_JUMP_S:
-        return _of_clock(clock_jump_s)
+    if (jumped := clock_trouble(clock_jump_s)) is not None:
+        return jumped
     if cpu_share > MAX_CPU_SHARE:
         return _of_cpu(cpu_share, processes)
     return _of_lag(records, lags_ms)
@@ -105,6 +105,18 @@ def starvation(records: Iterable[RequestRecord]) -> Trouble | None:
         f"the load client had no sockets for {len(errors)} requests, the first with: {errors[0]}",
         "Lower the load, or raise the limit of open files (ulimit -n).",
         Blame.STUDY,
+    )
+
+
+def clock_trouble(jump_s: float) -> Trouble | None:
+    """That the wall clock moved against the monotonic one during a load."""
+    if abs(jump_s) <= MAX_CLOCK_JUMP_S:
+        return None
+    return Trouble(
+        Kind.CLOCK_JUMPED,
+        f"the wall clock moved {jump_s:+.1f} s against the monotonic one during the load",
+        "The machine slept, was paused, or had its clock set; nothing is to be done if that does not happen again.",
+        Blame.ENVIRONMENT,
     )
 
 
@@ -157,12 +169,3 @@ def processes_wanted(cpu_share: float, processes: int) -> int:
     if cpu_share <= MAX_CPU_SHARE:
         return processes
     return math.ceil(2 * processes * cpu_share / MAX_CPU_SHARE)
-
-
-def _of_clock(jump_s: float) -> Trouble:
-    return Trouble(
-        Kind.CLOCK_JUMPED,
-        f"the wall clock moved {jump_s:+.1f} s against the monotonic one during the load",
-        "The machine slept, was paused, or had its clock set; nothing is to be done if that does not happen again.",
-        Blame.ENVIRONMENT,
-    )

@@ -18,8 +18,8 @@ Phase = Literal["warmup", "measure"]
 class RequestRecord:
     """What became of one request.
 
-    Latencies count from `scheduled_s`: under a request rate that includes the time for which the request could not be
-    sent; in closed loop it is the moment of sending.
+    Latencies count from `scheduled_s`, when the request was due: under a request rate by its arrival, in closed loop as
+    a place became free. So they include the time for which it could not be sent, such as that of a new connection.
     """
 
     index: int

@@ -31,7 +31,7 @@ from raytune_autotuner.load import client, quality
 from raytune_autotuner.load.dialect import Dialect
 from raytune_autotuner.load.engine_metrics import EngineWatch
 from raytune_autotuner.load.spread import ClientLost
-from raytune_autotuner.load.trouble import starvation
+from raytune_autotuner.load.trouble import clock_trouble, starvation
 from raytune_autotuner.load.vllm_bench import BenchFailed
 from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
 from raytune_autotuner.report.logs import LogWriter
@@ -405,6 +405,8 @@ class Evaluation:
         if (starved := starvation(load.records)) is not None:
             self._fail(*starved)
         if share > self.study.trial.max_failed_share:
+            if (jumped := clock_trouble(load.clock_jump_s)) is not None:
+                self._fail(*jumped)  # connections do not outlive a machine that sleeps
             self._await_death(server)
             self._fail(
                 Kind.BAD_RESPONSES,
@@ -512,7 +514,7 @@ class Evaluation:
     def _keep_requests(self, more: Sequence[RequestRecord] = ()) -> None:
         try:
             self._measured.write(self.workdir, more)
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:  # the latter: what no column of a table can hold
             logger.error("%s: could not be written: %s", self.workdir, error)
 
 
