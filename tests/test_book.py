@@ -48,6 +48,15 @@ def test_losses_are_counted_by_setting() -> None:
     assert [len(trials.lost(row.trial_id)) for row in lost] == [2, 2, 1]
 
 
+def test_a_loss_counts_against_its_own_restart_and_in_the_search_until_the_setting_is_measured() -> None:
+    lost = [replace(running(number, setting(4)), state=State.LOST) for number in range(4)]
+    restarts = [replace(row, verifies=0, restart=row.number // 2) for row in lost[1:]]
+    trials = book(lost[0], *restarts)
+    assert [len(trials.lost(row.trial_id)) for row in lost] == [1, 1, 2, 2]
+    trials.add(measured(4, 90.0, setting(4)), "one setting")
+    assert [len(trials.lost(row.trial_id)) for row in lost] == [0, 1, 2, 2]
+
+
 def test_the_best_is_a_feasible_trial_of_the_search() -> None:
     trials = book(measured(0, 100.0), measured(1, 300.0, setting(4), 0.5), measured(2, 200.0, setting(8)))
     trials.add(replace(measured(3, 400.0, setting(8)), verifies=2, restart=0), "one setting")

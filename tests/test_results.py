@@ -441,9 +441,10 @@ def test_a_running_study_is_told_from_its_files(folder: ResultsFolder) -> None:
 
 def test_a_killed_study_is_told_as_killed_with_its_verdict(folder: ResultsFolder) -> None:
     folder.write_rows(sample_rows())
-    write_status(folder, replace(StudyStatus.begin(1), pid_started=1))
+    ran_then = (LiveTrial(2, Stage.LOAD, 0.99), LiveTrial(4, Stage.WEIGHTS))
+    write_status(folder, replace(StudyStatus.begin(1), pid_started=1, live=ran_then))
     text = render_status(summarize(folder))
-    assert "killed after 0 s" in text
+    assert "killed after 0 s: 4 of 12 trials (1 running, 3 measured, 1 failed)" in text
     assert "Run trial 2" in text
 
 

@@ -160,6 +160,13 @@ def test_one_missed_slo_of_three_restarts_does_not_decide() -> None:
     assert "and every SLO met in 2 of 3 restarts, which differ by" in answer.sentence
 
 
+def test_an_slo_that_is_missed_in_half_of_the_restarts_does_not_hold() -> None:
+    rows = verified(finalists()[:2], {0: BASE[:4]})
+    half = [again(90 + i, rows[1], i, score, violation=(0.1, -0.9)[i % 2]) for i, score in enumerate(GOOD[:4])]
+    answer = verdict([*rows, *half], "maximize", METRIC)
+    assert "none of the finalists held up. Trial 1 misses an SLO (median violation 0.1)." in answer.sentence
+
+
 def test_a_lost_restart_that_was_run_again_counts_once() -> None:
     rows = verified(finalists(), {0: BASE, 1: GOOD})
     lost = replace(again(90, rows[1], 2), state=State.LOST)

@@ -98,7 +98,10 @@ def summarize(folder: ResultsFolder) -> Summary:
     """The study as its files tell it now; raises `ConfigError` where its study file is broken."""
     status = read_status(folder)
     live = {trial.number for trial in status.live} if status is not None else set()
-    rows = (replace(row, state=State.RUNNING) if row.number in live else row for row in folder.read_rows())
+    rows = (
+        replace(row, state=State.RUNNING) if row.number in live and not row.state.finished else row
+        for row in folder.read_rows()
+    )
     return Summary(folder, folder.load_study(), tuple(rows), status)
 
 

@@ -73,8 +73,11 @@ class Book:
             self._live[row.trial_id] = row
             return
         self._live.pop(row.trial_id, None)
+        lost = self._lost[self._keys[row.trial_id]]
         if row.state is State.LOST:
-            self._lost[self._keys[row.trial_id]].append(row)
+            lost.append(row)
+        elif row.state is State.MEASURED:
+            lost[:] = [one for one in lost if one.verifies is not None]
         self.at_fault = self.at_fault or row.at_fault
         if row.verifies is None:
             self._settle(row)
@@ -88,8 +91,13 @@ class Book:
         return next((row for row in searched if row.state.teaches or not row.state.finished), None)
 
     def lost(self, trial_id: str) -> Sequence[TrialRow]:
-        """The trials of the same setting that were lost by the environment's fault."""
-        return self._lost[self._keys[trial_id]]
+        """The trials whose start this one repeats, or is: of its setting, lost by the environment's fault.
+
+        Each restart for the verdict is a start of its own, and the search's was well once the setting was measured.
+        """
+        row = self._rows[trial_id]
+        lost = self._lost[self._keys[trial_id]]
+        return [one for one in lost if (one.verifies, one.restart) == (row.verifies, row.restart)]
 
     def _settle(self, row: TrialRow) -> None:
         """A trial of the search has ended."""

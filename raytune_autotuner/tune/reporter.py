@@ -255,7 +255,7 @@ class TrialReporter:
         return Failure(
             standing.stage,
             Kind.WORKER_LOST,
-            # A loss that repeats for the same setting is the setting's own.
+            # A loss that repeats for the same start of a setting is the setting's own.
             Blame.PARAMETERS if repeated else Blame.ENVIRONMENT,
             "the trial's actor died",
             "Look into trial.log; if other trials die too, the machine is short of memory or the node was lost.",
