@@ -21,7 +21,11 @@ from raytune_autotuner import cli
 from raytune_autotuner.cli.results import EXPORT_FORMS
 from raytune_autotuner.engine.flags import arguments
 from raytune_autotuner.report.export import FORMS, Form, export
+from raytune_autotuner.report.html.evidence import gather
+from raytune_autotuner.report.recheck import claim_of
 from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.status import StudyStatus, write_status
+from raytune_autotuner.report.summary import summarize
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.study.errors import WRONG_USE, ConfigError
 from tests.report_samples import failed, make_study, measured, setting, verified
@@ -274,8 +278,22 @@ def test_the_command_prints_the_winner(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_winner_is_the_one_that_the_studys_end_has_written_down(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
-    write_json(folder.verdict_file, {"winner": 3})
+    write_json(folder.verdict_file, {"winner": 3, "sentence": "Run trial 3.", "warning": None})
     assert "trial: 3" in exported(folder, "vllm")
+
+
+def test_a_run_that_was_killed_after_a_resume_gives_one_answer_everywhere(tmp_path: Path) -> None:
+    study = make_study(engine={"kind": "vllm"}, constraints=[], model=MODEL)
+    spelled_out = {"max-num-seqs": 16, "block-size": 16}
+    rows = [measured(0, 100.0), measured(1, 120.0, spelled_out), measured(2, 120.0, {"max-num-seqs": 9})]
+    folder = make_folder(tmp_path, rows, study)
+    folder.write_versions({**VERSIONS, "defaults": {"block-size": 16}})  # so trials 1 and 2 change one thing each
+    write_json(folder.verdict_file, {"winner": 2, "sentence": "As before the resume.", "warning": None})
+    write_status(folder, replace(StudyStatus.begin(1), pid_started=1))
+    sentence = gather(folder).answer.sentence
+    assert sentence.startswith("Run trial 1")
+    assert summarize(folder).answer == claim_of(folder).sentence == sentence
+    assert "trial: 1" in exported(folder, "vllm")
 
 
 def test_figures_of_a_single_measurement_are_called_so(tmp_path: Path) -> None:

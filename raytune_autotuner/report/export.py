@@ -27,8 +27,9 @@ from raytune_autotuner.report.forms import (
     kubernetes_files,
     launch_line,
 )
+from raytune_autotuner.report.recheck import answer_of, said
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.verdict import Verdict, study_verdict
+from raytune_autotuner.report.verdict import Verdict
 from raytune_autotuner.report.wording import describe_params
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.masking import is_secret, mask, mask_values
@@ -54,8 +55,8 @@ def export(
     Raises `ConfigError` where there is no such trial or nothing to recommend, and for a form that the engine has not.
     """
     study, rows = folder.load_study(), folder.read_rows()
-    answer = study_verdict(study, rows)
-    row = folder.read_row(_winner(folder, answer) if number is None else number)
+    answer = answer_of(folder, study, rows)
+    row = folder.read_row(_winner(folder, study, rows) if number is None else number)
     place = started(row, rows)
     if study.engine.kind != "vllm" or (study.resources.nodes > 1 and form != "yaml"):
         return _own_line(folder, study, place, form)
@@ -106,9 +107,8 @@ _WRITERS: Mapping[Form, Callable[[Serving], str]] = {
 # Which setting
 
 
-def _winner(folder: ResultsFolder, answer: Verdict) -> int:
-    written = folder.read_verdict()
-    number: int | None = written["winner"] if written else None if answer.winner is None else answer.winner.number
+def _winner(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> int:
+    number = said(folder, study, rows).winner
     if number is None:
         raise ConfigError(f"{folder.place}: nothing was measured, so there is no winner. Name one with --trial N.")
     return number

@@ -15,7 +15,8 @@ from raytune_autotuner.report import wording
 from raytune_autotuner.report.differences import differences
 from raytune_autotuner.report.finalists import Contender, Targets, contenders
 from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.verdict import Verdict, baseline_of, study_verdict
+from raytune_autotuner.report.status import read_status
+from raytune_autotuner.report.verdict import Verdict, baseline_of, defaults_of, study_verdict
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score.comparison import Comparison, too_noisy
 from raytune_autotuner.study.errors import ConfigError
@@ -117,8 +118,8 @@ def claim_of(folder: ResultsFolder, number: int | None = None) -> Claim:
     Raises `ConfigError` where there is nothing to verify.
     """
     study, rows = folder.load_study(), folder.read_rows()
-    answer, written = study_verdict(study, rows), folder.read_verdict()
-    row = _claimed(folder, answer, written, number)
+    answer = said(folder, study, rows)
+    row = _claimed(folder, answer, number)
     targets = study.objective.targets
     failure = row.result.failure
     return Claim(
@@ -126,7 +127,7 @@ def claim_of(folder: ResultsFolder, number: int | None = None) -> Claim:
         row.number,
         dict(row.params),
         _gains(row, rows, targets),
-        written["sentence"] if written else answer.sentence,
+        answer.sentence,
         None if failure is None else str(failure.kind),
     )
 
@@ -142,9 +143,37 @@ def recheck(answer: Verdict, rows: Sequence[TrialRow], claim: Claim, different: 
     return Recheck(**{**given, "sentence": text}, claim=claim, holds=holds, different=tuple(different))
 
 
-def answer_of(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow], defaults: Params | None = None) -> Verdict:
-    """The verdict on a run's rows, of whichever kind the run in `folder` is."""
-    answer, noted = study_verdict(study, rows, defaults), _read(folder)
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a run answers, in short."""
+
+    winner: int | None
+    """Number of its trial."""
+    sentence: str
+    warning: str | None
+
+
+def said(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> Said:
+    """The answer that a run wrote down at its end; of one that runs or was killed, what its rows say."""
+    written = written_verdict(folder)
+    if written is not None:
+        return Said(written["winner"], written["sentence"], written["warning"])
+    answer = answer_of(folder, study, rows)
+    return Said(None if answer.winner is None else answer.winner.number, answer.sentence, answer.warning)
+
+
+def written_verdict(folder: ResultsFolder) -> dict[str, Any] | None:
+    """`verdict.json` of a run that has ended: until then, one that is there was written before the run was resumed."""
+    status = read_status(folder)
+    return folder.read_verdict() if status is None or status.phase != "running" else None
+
+
+def answer_of(
+    folder: ResultsFolder, study: Study, rows: Sequence[TrialRow], versions: Mapping[str, Any] | None = None
+) -> Verdict:
+    """The verdict on a run's rows, of whichever kind the run in `folder` is; None: its `versions` are read there."""
+    known = folder.read_versions() if versions is None else versions
+    answer, noted = study_verdict(study, rows, defaults_of(study, known)), _read(folder)
     return answer if noted is None else recheck(answer, rows, noted[0], noted[1])
 
 
@@ -187,10 +216,9 @@ def _read(folder: ResultsFolder) -> tuple[Claim, list[str]] | None:
 # The claim
 
 
-def _claimed(folder: ResultsFolder, answer: Verdict, written: Mapping[str, Any] | None, number: int | None) -> TrialRow:
+def _claimed(folder: ResultsFolder, answer: Said, number: int | None) -> TrialRow:
     """The trial to verify."""
-    winner = written["winner"] if written else None if answer.winner is None else answer.winner.number
-    wanted = winner if number is None else number
+    wanted = answer.winner if number is None else number
     if wanted is None:
         raise ConfigError(f"{folder.place}: has no winner to verify: {answer.sentence}\nName a setting with --trial N.")
     row = folder.read_row(wanted)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from raytune_autotuner.report.progress import progress, time_left_text, times_left_s
-from raytune_autotuner.report.recheck import answer_of
+from raytune_autotuner.report.recheck import said
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import LiveTrial, Standing, StudyStatus, read_status, standing_of
 from raytune_autotuner.report.verdict import best_so_far
@@ -69,10 +69,7 @@ class Summary:
         """The verdict as it was written at the end; of a study that was killed, as its rows say; else None."""
         if self.standing in ("running", "not started"):
             return None
-        written = self.folder.read_verdict() if self.standing != "killed" else None
-        if written is not None:
-            return " ".join(filter(None, (written["sentence"], written["warning"])))
-        answer = answer_of(self.folder, self.study, self.rows)
+        answer = said(self.folder, self.study, self.rows)
         return " ".join(filter(None, (answer.sentence, answer.warning)))
 
     def to_dict(self) -> dict[str, Any]:

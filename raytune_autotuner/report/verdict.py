@@ -7,7 +7,7 @@ the intervals of `score/comparison.py`; else on one measurement a setting, and s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,12 @@ def study_verdict(study: Study, rows: Sequence[TrialRow], defaults: Params | Non
     if study.engine.search_weights == "real" or answer.verified or answer.winner is None:
         return answer
     return replace(answer, sentence=f"{answer.sentence} All figures are of dummy weights (engine.search_weights).")
+
+
+def defaults_of(study: Study, versions: Mapping[str, Any]) -> Params:
+    """The values in force in the baseline, as far as the engine has told them (`versions.json`)."""
+    told = versions.get("defaults")
+    return {**(told if isinstance(told, dict) else {}), **study.fixed}
 
 
 def _ceiling(study: Study, rows: Iterable[TrialRow]) -> str | None:

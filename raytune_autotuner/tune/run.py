@@ -289,7 +289,7 @@ class _Run:
         self._show()
         rows = self.reporter.rows
         self.folder.write_rows(rows)
-        answer = answer_of(self.folder, self.study, rows, self.engine.defaults())
+        answer = answer_of(self.folder, self.study, rows)
         self.folder.write_verdict(answer)
         lines = self._write_best(answer)
         self.board.verdict(answer)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.report.finalists import Contender, contenders, started
-from raytune_autotuner.report.recheck import Recheck, answer_of
+from raytune_autotuner.report.recheck import Recheck, answer_of, written_verdict
 from raytune_autotuner.report.recount import recount, verdict_note
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import Standing, StudyStatus, read_status, standing_of
-from raytune_autotuner.report.verdict import Verdict, baseline_of
+from raytune_autotuner.report.verdict import Verdict, baseline_of, defaults_of
 from raytune_autotuner.report.wording import format_duration
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.masking import mask_values
@@ -55,7 +55,7 @@ class Evidence:
     @property
     def defaults(self) -> Mapping[str, Any]:
         """The values in force in the baseline, as far as the engine has told them."""
-        return _defaults(self.study, self.versions)
+        return defaults_of(self.study, self.versions)
 
     def before(self, parameter: str) -> str:
         """A parameter's value in the baseline, for people, as far as the engine has told it."""
@@ -103,16 +103,10 @@ def gather(folder: ResultsFolder) -> Evidence:
     study, status, versions = folder.load_study(), read_status(folder), _read_json(folder.versions_file)
     rows = [TrialRow.from_dict(mask_values(row.to_dict())) for row in folder.read_rows()]
     found = recount(folder, study, rows)
-    answer = answer_of(folder, study, found.rows, _defaults(study, versions))
-    over = status is not None and status.phase != "running"
-    note = verdict_note(folder.read_verdict(), answer.to_dict()) if over else None
+    answer = answer_of(folder, study, found.rows, versions)
+    note = verdict_note(written_verdict(folder), answer.to_dict())
     notes = (*found.notes, *([note] if note else []))
     return Evidence(folder, study, found.rows, versions, status, answer, found.counted, notes)
-
-
-def _defaults(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
-    told = versions.get("defaults")
-    return {**(told if isinstance(told, dict) else {}), **study.fixed}
 
 
 def unit_of(metric: str) -> str:
