@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optuna.storages import InMemoryStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.report.results import ResultsFolder
@@ -20,6 +21,7 @@ from raytune_autotuner.tune.searcher import StudySearch
 from raytune_autotuner.tune.standing import Standing
 from raytune_autotuner.tune.tell import Teller
 from raytune_autotuner.tune.versions import versions
+from raytune_autotuner.tune.warm_start import Learned
 from tests.report_samples import METRIC
 
 QUALITY = {"perplexity": 9.0}
@@ -37,19 +39,20 @@ class Search:
         self.reporter = TrialReporter(study, self.folder, self.engine.rules, standing_of=lambda trial_id: Standing())
         self._slots = slots
 
-    def begin(self) -> None:
+    def begin(self, storage: BaseStorage | None = None, learned: Sequence[Learned] = ()) -> None:
         """Make the searcher; what is taken from an earlier run must stand in the reporter before."""
         self.searcher = StudySearch(
             self.study,
             self.reporter,
             sampler=make_sampler(self.study, self._slots)[0],
-            storage=InMemoryStorage(),
+            storage=storage or InMemoryStorage(),
             teller=Teller(self.study),
             defaults=self.defaults,
             slots=lambda: self._slots,
             placement=lambda params: {"cpus": 1.0},
             may_start=lambda: not self.reporter.complete,
             may_verify=lambda: True,
+            learned=learned,
             cache=self.cache,
         )
 

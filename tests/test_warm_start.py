@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import InMemoryStorage
 
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.study.errors import ConfigError
@@ -16,10 +18,10 @@ from raytune_autotuner.study.failure import Blame, Kind
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.space import setting_key
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import State, TrialResult, TrialRow
+from raytune_autotuner.study.trial import BASELINE, State, TrialResult, TrialRow
 from raytune_autotuner.tune.cache import Cache, read_cache
 from raytune_autotuner.tune.versions import versions
-from raytune_autotuner.tune.warm_start import best_of, learn_from_earlier
+from raytune_autotuner.tune.warm_start import Learned, best_of, learn_from_earlier
 from tests.report_samples import METRIC, NO_MEMORY, failed, make_study, measured, setting
 from tests.searches import Search
 from tests.studies import optuna_trials, run_study, write_study
@@ -165,6 +167,27 @@ def test_figures_that_rest_on_another_slo_are_refused(tmp_path: Path, changes: d
         return
     with pytest.raises(ConfigError, match=r"objective\.slo was .* and is"):
         learn_from_earlier(study, versions_of(study))
+
+
+@pytest.mark.parametrize("queued", [[], [{}]], ids=["while it learned", "between the baseline and the points"])
+def test_a_driver_killed_before_its_first_trial_loses_neither_the_baseline_nor_the_points(
+    tmp_path: Path, queued: list[dict[str, Any]]
+) -> None:
+    storage = InMemoryStorage()
+    left = optuna.create_study(storage=storage, study_name="sample", direction="maximize")
+    left.ask().set_user_attr("params", setting(2))  # it was to be told
+    for params in queued:
+        left.enqueue_trial({}, user_attrs={"name": BASELINE, "params": params, "placed": []})
+    search = Search(make_study(search={"points": [setting(9)]}), tmp_path)
+    rows = tuple(measured(number, 100.0 + number, setting(number)) for number in (1, 2))
+    search.begin(storage, [Learned(search.folder, rows, 0)])
+    search.searcher.take_over([])
+    begun = []
+    for trial in ("a", "b", "c"):
+        begun.append(search.suggest(trial)["params"])
+        search.end(trial, 1.0)
+    assert begun == [{}, setting(9), setting(2)]
+    assert sum("warm_start" in one.user_attrs for one in search.searcher.ot_study.trials) == len(rows)
 
 
 @pytest.mark.slow

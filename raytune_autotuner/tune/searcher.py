@@ -11,6 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -83,6 +84,10 @@ class StudySearch(OptunaSearch):
         self._lessons = Lessons(study.space, defaults)
         self._finalists: list[TrialRow] = []
         self._last_refusal = ": all settings are tried"
+        begins = not reporter.rows
+        if begins:  # a driver that was killed before its first trial may have left a part of what follows
+            with suppress(KeyError):
+                optuna.delete_study(study_name=study.study, storage=storage)
         super().__init__(
             space=lambda trial: None,
             # One name for all: Ray only looks whether results have it. The modes are the Optuna study's directions.
@@ -95,7 +100,10 @@ class StudySearch(OptunaSearch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             self.ot_study.set_metric_names([metric for metric, _ in study.objective.targets])  # for dashboards
-        if not reporter.verifies_only and not self.ot_study.get_trials(deepcopy=False):
+        for part in learned:
+            for row in part.rows:
+                self._lessons.note(row)
+        if begins:
             self._learn(learned)
             self._enqueue_first_points(best_of(study, learned))
 
@@ -251,7 +259,6 @@ class StudySearch(OptunaSearch):
                 self._queued(ot_trial)
                 ot_trial.set_user_attr("warm_start", part.source.place)
                 self._teller.tell(self.ot_study, ot_trial, row)
-                self._lessons.note(row)
 
     def _enqueue_first_points(self, best: TrialRow | None) -> None:
         self._enqueue({}, name=BASELINE)
