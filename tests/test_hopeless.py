@@ -32,7 +32,8 @@ def noise(share: float, sizes: int = 6) -> list[Values]:
         ({"workload": {"rounds": 3}}, True),
         ({"workload": {"concurrency": [8, 32]}}, True),
         ({"workload": {"concurrency": None, "request_rate_rps": [1, 2]}}, True),
-        ({"workload": {"rounds": 3}, "objective": {"maximize": None, "minimize": "ttft_ms_p50"}}, True),
+        ({"workload": {"rounds": 3}, "objective": {"maximize": None, "minimize": "ttft_ms_p50"}}, False),
+        ({"workload": {"concurrency": [8, 32]}, "objective": {"maximize": None, "minimize": "ttft_ms_p50"}}, True),
         ({"workload": {"rounds": 3}, "objective": {"maximize": "output_throughput_tok_s@c8"}}, False),
         ({"workload": {"rounds": 3}, "objective": {"minimize": "ttft_ms_mean"}}, False),
         ({"workload": {"concurrency": [8, 32]}, "objective": {"maximize": "max_load_under_slo"}}, False),
@@ -72,6 +73,11 @@ def test_a_level_that_is_not_measured_yet_counts_as_the_best_seen_there() -> Non
 def test_a_level_that_nobody_has_measured_leaves_everything_open() -> None:
     assert Seen("maximize", [{"c8": [100.0]}]).bound({"c8": [1.0]}, LEVELS) is None
     assert Seen("maximize", []).bound({}, []) is None
+
+
+def test_a_goodput_of_nothing_so_far_leaves_everything_open() -> None:
+    assert Seen("maximize", [{"c8": [1.0, 1.2, 1.1]}]).bound({"c8": [0.0]}, ["c8"]) is None
+    assert Seen("minimize", [{"c8": [1.0, 1.2, 1.1]}]).bound({"c8": [0.0]}, ["c8"]) == 0
 
 
 def test_the_usual_noise_is_taken_for_granted_until_enough_was_seen() -> None:

@@ -104,7 +104,8 @@ def test_what_cannot_be_computed_is_absent() -> None:
     one_token = summarize([record([0.5])], 1.0)
     assert not [name for name in one_token if name.startswith(("tpot_ms", "itl_ms"))]
     one_chunk = summarize([record([0.5], tokens_out=8)], 1.0, SLO)
-    assert not [name for name in one_chunk if name.startswith(("tpot_ms", "itl_ms"))]
+    assert not [name for name in one_chunk if name.startswith("itl_ms")]
+    assert (one_chunk["tpot_ms_p90"], one_chunk["tpot_samples"], one_chunk["itl_samples"]) == (0, 1, 0)
     assert "goodput_rps" not in one_token
     uncounted = summarize([record([0.5, 0.6]), dataclasses.replace(record([0.5]), tokens_in=None)], 1.0)
     assert uncounted["output_throughput_tok_s"] == 3
@@ -131,7 +132,7 @@ def test_no_duration_is_no_throughput(duration: float) -> None:
         ([0.5001, 0.55], 2, SLO, False),
         ([0.5, 0.5501], 2, SLO, False),
         ([0.5], 1, SLO, True),
-        ([0.5], 8, SLO, False),
+        ([0.5], 8, SLO, True),
         ([0.1, 5.1], 200, SLO, False),
         ([0.5, 0.6], 2, {"ttft_ms": {"p50": 400.0, "p99": 600.0}}, False),
     ],
@@ -161,7 +162,7 @@ def trials(draw: st.DrawFn) -> list[RequestRecord]:
     drawn = []
     for index, (level, round) in enumerate(places):
         kind = draw(answers(min_tokens=2)) if index < 4 else draw(answers() | failures)
-        tokens_out = len(kind.token_times_s) * draw(st.integers(1, 3)) if len(kind.token_times_s) > 1 else 1
+        tokens_out = len(kind.token_times_s) * draw(st.integers(1, 3))
         phase: Phase = "measure" if index < 4 else draw(st.sampled_from(["measure", "warmup"]))
         drawn.append(dataclasses.replace(kind, level=level, round=round, tokens_out=tokens_out, phase=phase))
     return drawn
@@ -194,6 +195,8 @@ def by_pandas(sent: pd.DataFrame) -> dict[str, float]:
         "failed_share": sent["error"].notna().mean(),
         "requests": len(sent),
         "requests_failed": sent["error"].notna().sum(),
+        "tpot_samples": len(tpot_ms),
+        "itl_samples": len(itl_ms),
         "tokens_in": prompts,
         "tokens_out": tokens,
         "duration_s": seconds,
@@ -337,6 +340,8 @@ def test_a_level_that_was_not_run_leaves_only_sums_beside_each_levels_own() -> N
     assert {name for name in trial if "@" not in name} == {
         "requests",
         "requests_failed",
+        "tpot_samples",
+        "itl_samples",
         "tokens_in",
         "tokens_out",
         "duration_s",

@@ -279,6 +279,20 @@ def test_too_few_completed_requests_for_a_percentile_are_a_failure(objective: di
     assert 1 < worth.violation < 1.1
 
 
+@pytest.mark.parametrize(
+    ("latency", "evidence"), [("tpot", "28 answers had two tokens or more at c16"), ("itl", "28 gaps between chunks")]
+)
+def test_what_not_every_request_has_is_counted_by_itself(latency: str, evidence: str) -> None:
+    asked = study(objective={"minimize": f"{latency}_ms_p90@c16"}, **LEVELS)
+    told = {f"{latency}_ms_p90": 5.0}
+    of_an_earlier_version, enough, few = dict[str, float](), {f"{latency}_samples": 29.0}, {f"{latency}_samples": 28.0}
+    for counted in (of_an_earlier_version, enough):
+        assert worth_of(asked, {"c4": level(), "c16": level() | told | counted}).failure is None
+    worth = worth_of(asked, {"c4": level(), "c16": level() | told | few})
+    assert worth.failure is not None
+    assert evidence in worth.failure.evidence
+
+
 def test_a_percentile_at_one_level_needs_no_samples_at_another() -> None:
     asked = study(objective={"minimize": "ttft_ms_p99@c16"}, **LEVELS)
     assert worth_of(asked, {"c4": level(requests=10), "c16": level()}).failure is None

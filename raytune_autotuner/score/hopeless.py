@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from raytune_autotuner.score.metrics import METRICS
+from raytune_autotuner.score.metrics import METRICS, samples_needed
 from raytune_autotuner.study.study import Direction, Study
 
 Values: TypeAlias = Mapping[str, Sequence[float]]
@@ -25,10 +25,15 @@ ENOUGH_PAIRS = 5
 
 
 def can_be_judged(study: Study) -> bool:
-    """Whether a part of a trial tells about the whole: one objective, a mean over several loads."""
-    metric = METRICS.get(study.objective.metric)
-    several = study.workload.rounds > 1 or len(study.workload.concurrency + study.workload.request_rate_rps) > 1
-    return several and len(study.objective.targets) == 1 and metric is not None and metric.across == "mean"
+    """Whether a part of a trial tells about the whole: one objective, a mean over several loads.
+
+    A percentile of several rounds is none: it is taken of all their requests, and those of one round may be its worst.
+    """
+    metric, rounds = METRICS.get(study.objective.metric), study.workload.rounds
+    several = rounds > 1 or len(study.workload.concurrency + study.workload.request_rate_rps) > 1
+    pooled = rounds > 1 and samples_needed(study.objective.metric) > 0
+    one = several and not pooled and len(study.objective.targets) == 1
+    return one and metric is not None and metric.across == "mean"
 
 
 class Seen:
@@ -52,7 +57,11 @@ class Seen:
                 self._best[level] = self._pick(mean, self._best.get(level, mean))
 
     def bound(self, so_far: Values, levels: Sequence[str]) -> float | None:
-        """The best that a trial can still come to; None where one of all `levels` was never measured by anybody."""
+        """The best that a trial can still come to; None where that is open.
+
+        It is where one of all `levels` was never measured by anybody, and where a value to maximise is 0 so far: a
+        share of nothing is no uncertainty, and one request that meets its limits makes it any number.
+        """
         noise = self.noise(so_far)
         best = [self._best_at(level, so_far, noise) for level in levels]
         known = [value for value in best if value is not None]
@@ -66,7 +75,9 @@ class Seen:
 
     def _best_at(self, level: str, so_far: Values, noise: float) -> float | None:
         if values := so_far.get(level):
-            return statistics.fmean(values) * math.exp(self._sign * WIDTH * noise / math.sqrt(len(values)))
+            mean = statistics.fmean(values)
+            open_end = self._sign > 0 and mean == 0
+            return None if open_end else mean * math.exp(self._sign * WIDTH * noise / math.sqrt(len(values)))
         return self._best[level] * math.exp(self._sign * WIDTH * noise) if level in self._best else None
 
 

@@ -35,7 +35,8 @@ LATENCIES: Mapping[str, str] = MappingProxyType(
 """Latency metrics, each with all `STATISTICS`; also the keys that an SLO may name."""
 REQUEST_LATENCIES = ("ttft_ms", "tpot_ms", "e2el_ms")
 """Those with one value a request, which goodput can judge."""
-
+SAMPLES: Mapping[str, str] = MappingProxyType({"tpot_ms": "tpot_samples", "itl_ms": "itl_samples"})
+"""Latencies that not every completed request has, each with the metric that counts its samples."""
 
 CONFIDENCE = 0.95
 """With which the samples of a percentile reach beyond it."""
@@ -92,6 +93,8 @@ _TABLE = [
     Metric("drift", "share", None, "output throughput of the last round over the first's, less 1"),
     Metric("requests", "requests", None, "requests sent, failed ones included", "sum"),
     Metric("requests_failed", "requests", None, "requests without a full answer", "sum"),
+    Metric("tpot_samples", "requests", None, "completed requests of two output tokens or more, which have TPOT", "sum"),
+    Metric("itl_samples", "gaps", None, "gaps between two chunks of an answer, in completed requests", "sum"),
     Metric("tokens_in", "tokens", None, "prompt tokens of completed requests, by the server's count", "sum"),
     Metric("tokens_out", "tokens", None, "output tokens of completed requests, by the server's count", "sum"),
     Metric("duration_s", "s", None, "seconds under load, from a round's start to its last request's end", "sum"),
@@ -243,9 +246,9 @@ def _within(record: RequestRecord, name: str, limit_ms: float) -> bool:
 
 
 def _latencies(completed: Sequence[RequestRecord]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for name in LATENCIES:
-        sample = _sample(completed, name)
+    samples = {name: _sample(completed, name) for name in LATENCIES}
+    metrics = {count: float(len(samples[name])) for name, count in SAMPLES.items()}
+    for name, sample in samples.items():
         if sample:
             metrics |= {f"{name}_{statistic}": value for statistic, value in _statistics(sample).items()}
     return metrics

@@ -25,6 +25,9 @@ from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.study import Direction, Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
 
+_SEEN = {"tpot_ms": "answers had two tokens or more", "itl_ms": "gaps between chunks were seen"}
+_MORE_SAMPLES = "Raise workload.requests or rounds, so that some may fail or be short; load.log says what failed."
+
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
@@ -187,13 +190,14 @@ def _unmeasured(study: Study, metrics: Mapping[str, float]) -> Failure | None:
 
 
 def _too_few(study: Study, metrics: Mapping[str, float]) -> Failure | None:
-    """A percentile that decides something, and for which too few requests were completed."""
+    """A percentile that decides something, and that rests on too few samples."""
     for name, at in _decisive(study):
-        needed = samples_needed(name)
-        if slo.lacks_samples(metrics, needed, at):
+        if slo.lacks_samples(metrics, name, at):
+            seen = _SEEN.get(name.rpartition("_")[0], "requests were completed")
             where = f" at {at[1:]}" if at else ""
-            evidence = f"{slo.completed(metrics, at):g} requests were completed{where}, but {name} needs {needed}"
-            return _bad_load(evidence, "Raise workload.requests or rounds, so that some may fail; load.log says why.")
+            needed = samples_needed(name)
+            evidence = f"{slo.samples(metrics, name, at):g} {seen}{where}, but {name} needs {needed}"
+            return _bad_load(evidence, _MORE_SAMPLES)
     return None
 
 

@@ -58,8 +58,8 @@ class RequestRecord:
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time per output token after the first; None where only one token or one chunk arrived."""
-        if self.tokens_out is None or self.tokens_out < 2 or len(self.token_times_s) < 2:
+        """Time per output token after the first, 0 where all came in one chunk; None for an answer of one token."""
+        if self.tokens_out is None or self.tokens_out < 2 or not self.token_times_s:
             return None
         return (self.token_times_s[-1] - self.token_times_s[0]) * 1e3 / (self.tokens_out - 1)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
-from raytune_autotuner.score.metrics import samples_needed
+from raytune_autotuner.score.metrics import SAMPLES, samples_needed
 from raytune_autotuner.study.study import ObjectiveSpec, Workload
 
 MAX_LOAD = "max_load_under_slo"
@@ -94,8 +94,8 @@ def constraint_value(metrics: Mapping[str, float], objective: ObjectiveSpec, lev
 
 def meets(level: Mapping[str, float], objective: ObjectiveSpec) -> bool:
     """Whether one load level, by its own metrics, keeps every SLO; with too few samples to say so it does not."""
-    needed = max((samples_needed(name) for name in slo_metrics(objective)), default=0)
-    return not lacks_samples(level, needed) and total_violation(level, objective) <= 0
+    enough = not any(lacks_samples(level, name) for name in slo_metrics(objective))
+    return enough and total_violation(level, objective) <= 0
 
 
 def max_load_under_slo(
@@ -110,16 +110,20 @@ def max_load_under_slo(
     return max((loads[label] for label in held), default=0.0)
 
 
-def completed(metrics: Mapping[str, float], at: str = "") -> float | None:
-    """How many requests were completed (`at` a level: `@c16`); None where they were not counted."""
-    sent, failed = (measured(metrics, f"{name}{at}") for name in ("requests", "requests_failed"))
-    return None if sent is None or failed is None else sent - failed
+def samples(metrics: Mapping[str, float], name: str, at: str = "") -> float | None:
+    """How many samples the metric `name` rests on (`at` a level: `@c16`); None where they were not counted.
+
+    They are the completed requests, unless the metric is of a latency that not each of them has.
+    """
+    own = measured(metrics, f"{SAMPLES.get(name.rpartition('_')[0])}{at}")
+    sent, failed = (measured(metrics, f"{count}{at}") for count in ("requests", "requests_failed"))
+    return own if own is not None or sent is None or failed is None else sent - failed
 
 
-def lacks_samples(metrics: Mapping[str, float], needed: int, at: str = "") -> bool:
-    """Whether it is known that fewer than `needed` requests were completed."""
-    count = completed(metrics, at)
-    return count is not None and count < needed
+def lacks_samples(metrics: Mapping[str, float], name: str, at: str = "") -> bool:
+    """Whether it is known that the metric `name` rests on fewer samples than it needs."""
+    count = samples(metrics, name, at)
+    return count is not None and count < samples_needed(name)
 
 
 def _limits(metrics: Mapping[str, float], objective: ObjectiveSpec, at: str) -> list[float]:
