@@ -21,10 +21,23 @@ from raytune_autotuner.report.html.failing import grouped
 from raytune_autotuner.report.html.figures import BAD, FAINT
 from raytune_autotuner.report.html.importance import importance_for_failing, importance_for_score
 from raytune_autotuner.report.html.page import report_page, write_report
+from raytune_autotuner.report.html.sections import versus
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.study.trial import State, TrialRow
-from tests.report_samples import NO_MEMORY, failed, make_study, measured, running, sample_rows, setting, verified_rows
+from tests.report_samples import (
+    BASE,
+    NO_MEMORY,
+    again,
+    failed,
+    make_study,
+    measured,
+    running,
+    sample_rows,
+    setting,
+    verified,
+    verified_rows,
+)
 from tests.study_folders import make_folder, whole_study
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
@@ -107,6 +120,25 @@ def test_the_report_says_the_verdict_and_how_to_serve_it(folder: ResultsFolder, 
     assert "A=1 vllm serve the-model --max-num-seqs 11" in text
     for fact in ("0.32.0", "EPYC", "search 0, workload 0", "D(128,32)"):
         assert fact in text
+
+
+@pytest.mark.parametrize(
+    ("again_of", "basis"),
+    [
+        ({0: BASE, 2: BASE}, "Means of 5 engine starts each."),  # not trial 1, which nobody has measured again
+        ({0: BASE}, "One measurement each."),
+        ({0: BASE[:1], 2: BASE}, "Means of 1 and 5 engine starts."),
+    ],
+)
+def test_baseline_and_rival_are_compared_by_what_both_have(
+    tmp_path: Path, again_of: dict[int, tuple[float, ...]], basis: str
+) -> None:
+    rows = [measured(0, 60.0), measured(1, 120.0, setting(16)), measured(2, 119.0, setting(8))]
+    out = [again(60, rows[0], 1)] if again_of[0] != BASE else []
+    evidence = gather(make_folder(tmp_path, [*verified(rows, again_of), *out]))
+    text = Elements(str(versus(evidence))).text
+    assert basis in text
+    assert f"trial {2 if 2 in again_of else 1}" in text
 
 
 def test_every_chart_of_a_whole_study_is_drawn_as_plotly_wants_it(page: str) -> None:

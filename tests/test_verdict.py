@@ -102,7 +102,21 @@ def test_a_dead_heat_goes_to_the_setting_with_fewer_changes() -> None:
     answer = judged({0: BASE, 1: GOOD, 2: tuple(1.004 * score for score in reversed(GOOD))})
     assert answer.winner is not None
     assert answer.winner.number == 1
-    assert "Trial 2 cannot be told from it; it changes the least." in answer.sentence
+    assert "Trial 2 cannot be told from it; it changes less." in answer.sentence
+
+
+def test_a_dead_heat_is_one_with_the_best_mean_and_only_fewer_changes_are_called_so() -> None:
+    rows = [measured(0, 100.0), *(measured(n, 150.0, dict.fromkeys("abc"[: 4 - n], n)) for n in (1, 2, 3))]
+    scores: dict[int, tuple[float, ...]] = {
+        0: (101.9, 97.2, 98.6, 100.7, 98.0),
+        1: (149.8, 150.5, 147.5, 146.1, 150.6),
+        2: (147.9, 143.1, 144.0, 149.8, 143.4),
+        3: (138.6, 146.7, 135.7, 142.2, 134.4),  # cannot be told from trial 2, but from trial 1
+    }
+    assert judged(scores, rows).sentence.endswith("noise 2.0 %. Trial 1 cannot be told from it; it changes less.")
+    level = [rows[0], rows[1], replace(rows[2], params=rows[1].params)]
+    answer = judged({n: scores[n] for n in (0, 1, 2)}, level)
+    assert answer.sentence.endswith("noise 2.0 %. Trial 2 cannot be told from it.")
 
 
 def test_a_clear_lead_is_no_dead_heat() -> None:
@@ -278,6 +292,21 @@ def test_an_interrupted_verification_counts_what_there_is() -> None:
     assert answer.winner.number == 1
     assert "3 restarts each" in answer.sentence
     assert "Trial 2 was measured again too few times." in answer.sentence
+
+
+@pytest.mark.parametrize("scores", [{0: (100, 101, 60), 1: (140, 141)}, {0: (100, 101), 1: (140, 141, 200)}])
+def test_figures_are_of_the_restarts_that_both_settings_have(scores: dict[int, tuple[float, ...]]) -> None:
+    answer = judged(scores)
+    assert "140.5 against 100.5 with the defaults, 39.8 % better" in answer.sentence
+    assert answer.sentence.endswith("2 restarts each, noise 0.7 %.")
+    assert [line[2] for line in contender_cells(answer.contenders, answer.targets)] == ["mean", "100.5", "140.5"]
+
+
+def test_a_setting_that_is_compared_in_fewer_restarts_than_another_says_so() -> None:
+    answer = judged({0: BASE, 1: SAME, 2: BASE[:3]})
+    assert "3 to 5 restarts each, noise 2.2 %." in answer.sentence
+    names = [line[0] for line in contender_cells(answer.contenders, answer.targets)]
+    assert names == ["setting", "defaults", "trial 1", "trial 2, 3 restarts"]
 
 
 def test_restarts_are_no_part_of_the_search() -> None:

@@ -71,8 +71,8 @@ def _worth_again(answer: Verdict, one: Contender) -> Iterator[str]:
         if one.comparisons and defaults is not None:
             found = one.comparisons[i]
             ends = f"{100 * found.confidence:g} % interval {interval(found)}"
-            text += f", baseline {format_number(defaults.mean(i))}: {gain_of(found)} ({ends})"
-        yield f"{text}; means of {len(one.measured)} restarts{noise if i == 0 else ''}"
+            text += f", baseline {format_number(defaults.beside(one).mean(i))}: {gain_of(found)} ({ends})"
+        yield f"{text}; means of {len(one.compared)} restarts{noise if i == 0 else ''}"
 
 
 def _engine_config(study: Study, params: Params, model: str) -> str:

@@ -76,6 +76,8 @@ class Contender:
     """Those that were measured, by number, and those that failed by the setting's own fault."""
     comparisons: tuple[Comparison, ...] = ()
     """Against the defaults, one for each objective; empty for the defaults, and where they or it cannot be compared."""
+    paired: frozenset[int] | None = None
+    """Numbers of the restarts that it is compared in, the defaults with whichever finalist; None where in none."""
 
     @property
     def is_baseline(self) -> bool:
@@ -91,6 +93,11 @@ class Contender:
     def measured(self) -> list[TrialRow]:
         """The restarts that have scores."""
         return [row for row in self.restarts if row.state is State.MEASURED and scores_of(row)]
+
+    @property
+    def compared(self) -> list[TrialRow]:
+        """The measured restarts that mean and spread rest on: those that it is compared in, else all of them."""
+        return [row for row in self.measured if self.paired is None or row.restart in self.paired]
 
     @property
     def failed(self) -> TrialRow | None:
@@ -131,15 +138,19 @@ class Contender:
         return {row.restart or 0: scores_of(row)[objective] for row in self.measured}
 
     def mean(self, objective: int = 0) -> float:
-        """Of its scores; raises `StatisticsError` where there are none."""
-        return statistics.fmean(self.scores(objective).values())
+        """Of the scores that are compared; raises `StatisticsError` where there are none."""
+        return statistics.fmean(scores_of(row)[objective] for row in self.compared)
 
     def spread(self, objective: int = 0) -> float | None:
         """How much it differs from itself between restarts, as a share; None where that cannot be told."""
         try:
-            return spread(list(self.scores(objective).values()))
+            return spread([scores_of(row)[objective] for row in self.compared])
         except NotComparable:
             return None
+
+    def beside(self, other: Contender) -> Contender:
+        """The defaults as they were in the restarts that `other` is compared in."""
+        return replace(self, paired=other.paired)
 
 
 def contenders(rows: Sequence[TrialRow], targets: Targets) -> list[Contender]:
@@ -150,8 +161,12 @@ def contenders(rows: Sequence[TrialRow], targets: Targets) -> list[Contender]:
         return again
     baseline, *finalists = again
     rivals = [one for one in finalists if _comparable(one) and len(one.scores().keys() & baseline.scores().keys()) > 1]
-    compared = dict(zip((one.row.number for one in rivals), _compared(baseline, rivals, targets), strict=True))
-    return [replace(one, comparisons=compared.get(one.row.number, ())) for one in again]
+    compared = {
+        rival.row.number: replace(rival, comparisons=found, paired=frozenset(rival.scores().keys() & baseline.scores()))
+        for rival, found in zip(rivals, _compared(baseline, rivals, targets), strict=True)
+    }
+    paired = frozenset[int]().union(*(one.paired or () for one in compared.values()))
+    return [replace(baseline, paired=paired or None), *(compared.get(one.row.number, one) for one in finalists)]
 
 
 def started(row: TrialRow, rows: Sequence[TrialRow]) -> TrialRow:

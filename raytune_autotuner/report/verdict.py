@@ -182,11 +182,12 @@ def _by_restarts(again: Sequence[Contender], targets: Targets, fixed: Params, ba
         sentence = wording.without_defaults(closest, defaults, baseline, finalists, targets)
         row = None if closest is None else closest.row
         return Verdict(row, baseline, _gain_again(closest), sentence, tuple(again))
-    winner = _choice(defaults, [one for one in holding if one.better], targets, fixed)
+    good = [one for one in holding if one.better]
+    winner = _choice(defaults, good, targets, fixed)
     if winner is defaults:
         sentence = wording.no_gain(defaults, finalists, targets)
         return Verdict(defaults.row, baseline, 0.0, sentence, tuple(again), _warning(holding))
-    sentence = wording.gain(winner, defaults, finalists, _ties(winner, holding, targets), targets)
+    sentence = wording.gain(winner, defaults, finalists, _level(good, targets) if len(targets) == 1 else [], targets)
     return Verdict(winner.row, baseline, _gain_again(winner), sentence, tuple(again))
 
 
@@ -198,11 +199,15 @@ def _choice(defaults: Contender, good: Sequence[Contender], targets: Targets, fi
 
 
 def _best(good: Sequence[Contender], targets: Targets, fixed: Params) -> Contender:
-    """The best mean; of those that cannot be told from it, the fewest changes."""
+    """Of the best mean and what cannot be told from it the fewest changes, else the best mean."""
+    return min(_level(good, targets), key=lambda one: len(changes(one.row.params, fixed)))
+
+
+def _level(good: Sequence[Contender], targets: Targets) -> list[Contender]:
+    """The best mean, and then those that cannot be told from it, the better ones first."""
     way = targets[0][1]
-    best = min(good, key=lambda one: cost(one.mean(), way))
-    level = [best, *as_good(best, [one for one in good if one is not best], way)]
-    return min(level, key=lambda one: (len(changes(one.row.params, fixed)), cost(one.mean(), way)))
+    best, *others = sorted(good, key=lambda one: cost(one.mean(), way))
+    return [best, *as_good(best, others, way)]
 
 
 def _compromise(defaults: Contender, good: Sequence[Contender], targets: Targets) -> Contender:
@@ -227,12 +232,6 @@ def _least_missing(again: Sequence[Contender]) -> Contender | None:
     """Of the settings that started every time, the one that comes closest to its SLOs."""
     missing = [one for one in again if one.failed is None and one.ended]
     return min(missing, key=lambda one: one.violation or 0.0, default=None)
-
-
-def _ties(winner: Contender, holding: Sequence[Contender], targets: Targets) -> list[Contender]:
-    """The other finalists that beat the defaults and cannot be told from the winner."""
-    others = [one for one in holding if one is not winner and one.better]
-    return as_good(winner, others, targets[0][1]) if len(targets) == 1 else []
 
 
 def _warning(holding: Sequence[Contender]) -> str | None:

@@ -92,7 +92,11 @@ def gain_of(comparison: Comparison) -> str:
 def contender_cells(contenders: Sequence[Contender], targets: Targets) -> list[list[str]]:
     """The settings that were measured again as a table, its head first: a line a setting and objective."""
     head = ["setting", "metric", "mean", "spread", "gain", f"{_level(contenders)} interval"]
-    return [head, *(_cells(one, targets, i) for one in contenders for i in range(len(targets) if one.measured else 1))]
+    most = max((len(one.compared) for one in contenders if one.comparisons), default=0)
+    return [
+        head,
+        *(_cells(one, targets, i, most) for one in contenders for i in range(len(targets) if one.measured else 1)),
+    ]
 
 
 def why_out(one: Contender) -> str | None:
@@ -116,13 +120,18 @@ def gain(
     winner: Contender,
     defaults: Contender,
     finalists: Sequence[Contender],
-    ties: Sequence[Contender],
+    level: Sequence[Contender],
     targets: Targets,
 ) -> str:
-    """The recommendation of a setting that beats the defaults."""
+    """The recommendation of a setting that beats the defaults.
+
+    `level` is the best mean, and then those that cannot be told from it; empty with several objectives.
+    """
     text = f"Run {winner.name}: {figures(winner, defaults, targets)}."
-    if ties:
-        text += f" {_names(ties)} cannot be told from it; it changes the least."
+    if level and level[0] is not winner:
+        text += f" {_name(level[0])} cannot be told from it; it changes less."
+    elif ties := level[1:]:
+        text += f" {_names(ties)} cannot be told from it."
     if winner.missed:
         text += f" {_name(winner)} missed an SLO in {winner.missed} of {_restarts(winner)}."
     return f"{text} {_sentence(_out(finalists))}".rstrip()
@@ -130,21 +139,20 @@ def gain(
 
 def figures(one: Contender, defaults: Contender, targets: Targets) -> str:
     """What a setting is worth beside the defaults, in every objective, and what that rests on."""
-    parts = [_compared(one, defaults, i, metric) for i, (metric, _) in enumerate(targets)]
-    return f"{'; '.join(parts)}, {_restarts(one)} each, {_noise(defaults)}"
+    parts = [_compared(one, defaults.beside(one), i, metric) for i, (metric, _) in enumerate(targets)]
+    return f"{'; '.join(parts)}, {_pairs([one])}, {_noise(defaults)}"
 
 
 def no_gain(defaults: Contender, finalists: Sequence[Contender], targets: Targets) -> str:
     """The advice to keep the defaults."""
     out = _out(finalists)
-    told = [_undecided(one, targets) for one in finalists if one.holds and one.comparisons]
-    if not told:
+    compared = [one for one in finalists if one.holds and one.comparisons]
+    if not compared:
         return f"Keep the defaults: none of the finalists held up. {_sentence(out)}".rstrip()
     better = any(one.better for one in finalists if one.holds)
     head = "Keep the defaults: they are the better compromise." if better else "No significant gain: keep the defaults."
-    text = f"{head} {_sentence(told)}"
-    figures = f"{_restarts(defaults)} each, {_noise(defaults)}"
-    return f"{text} {figures[0].upper()}{figures[1:]}. {_sentence(out)}".rstrip()
+    text = f"{head} {_sentence([_undecided(one, targets) for one in compared])}"
+    return f"{text} {_pairs(compared)}, {_noise(defaults)}. {_sentence(out)}".rstrip()
 
 
 def without_defaults(
@@ -275,9 +283,12 @@ def _not_measured(baseline: TrialRow | None) -> str:
     return f"failed ({failure.kind})"
 
 
-def _cells(one: Contender, targets: Targets, i: int) -> list[str]:
+def _cells(one: Contender, targets: Targets, i: int, most: int) -> list[str]:
+    """A setting's line; one that is compared in fewer restarts than the `most` says so."""
     comparison = one.comparisons[i] if one.comparisons else None
     name = one.name if one.holds else f"{one.name} (out)"
+    if comparison is not None and comparison.pairs < most:
+        name = f"{name}, {comparison.pairs} restarts"
     spread = one.spread(i) if one.measured else None
     return [
         name if i == 0 else "",
@@ -322,6 +333,12 @@ def _undecided(one: Contender, targets: Targets) -> str:
 
 def _restarts(one: Contender) -> str:
     return f"{len(one.measured)} restarts"
+
+
+def _pairs(compared: Sequence[Contender]) -> str:
+    """`5 restarts each`: those that a finalist and the defaults have in common."""
+    counts = sorted({one.comparisons[0].pairs for one in compared})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} restarts each"
 
 
 def _noise(defaults: Contender) -> str:

@@ -97,18 +97,18 @@ def versus(evidence: Evidence) -> Markup:
     if other is None:
         return section("versus", title, nothing("No other setting has been measured."))
     name = f"best other setting: {who(other)}" if _keeps_defaults(evidence) else f"winner: {who(other)}"
-    one, two = _figures(evidence, base), _figures(evidence, other)
-    basis = f"Means of {two[1]} engine starts each." if two[1] > 1 else "One measurement each."
+    starts = _starts(evidence, base, other)
+    one, two = map(_means, starts)
     settings = table(("parameter", "baseline", name), _setting_rows(evidence, other), cls="versus")
     head = ("metric", "unit", *map(number_head, ("baseline", name, "difference", "relative")))
     first = promised_metrics(evidence.study)
     rows = [
         table(head, found, cls="versus")
         for names in (first, [n for n in METRICS if n not in first])
-        if (found := _metric_rows(names, one[0], two[0]))
+        if (found := _metric_rows(names, one, two))
     ]
     more = [tag("details", tag("summary", "All other metrics"), *rows[1:])] if rows[1:] else []
-    note = f"{basis} Green is better, red is worse."
+    note = f"{_basis(*map(len, starts))} Green is better, red is worse."
     return section("versus", title, settings, *rows[:1], *more, note=note)
 
 
@@ -235,24 +235,39 @@ def _contender(evidence: Evidence, row: TrialRow) -> Contender | None:
 
 
 def _rival(evidence: Evidence) -> TrialRow | None:
-    """The winner; where the defaults are the answer, the best of the others."""
+    """The winner; where the defaults are the answer, the best of the others, of those that were measured again."""
     winner, base = evidence.answer.winner, evidence.baseline
     if winner is not None and base is not None and winner.number != base.number:
         return winner
-    others = [row for row in evidence.searched if row.state is State.MEASURED and row.params and row.score is not None]
-    others = others or [one.row for one in evidence.contenders if one.measured and not one.is_baseline]
     way = evidence.study.objective.direction
+    again = [one for one in evidence.contenders if one.measured and not one.is_baseline]
+    if again:
+        return min(again, key=lambda one: (not one.holds, cost(one.mean(), way))).row
+    others = [row for row in evidence.searched if row.state is State.MEASURED and row.params and row.score is not None]
     return min(others, key=lambda row: (not row.feasible, cost(row.score or 0.0, way)), default=None)
 
 
-def _figures(evidence: Evidence, row: TrialRow) -> tuple[Mapping[str, float], int]:
-    """A setting's metrics, as means over its restarts where it was measured again, and of how many they are."""
-    one = _contender(evidence, row)
-    if one is None or not one.measured:
-        return row.result.metrics, 1
-    metrics = [restart.result.metrics for restart in one.measured]
+def _starts(evidence: Evidence, base: TrialRow, other: TrialRow) -> tuple[list[TrialRow], list[TrialRow]]:
+    """What the two are compared by: their restarts; where one has none, the search's trials if both were measured."""
+    one, two = (_contender(evidence, row) for row in (base, other))
+    mine = [] if one is None else one.compared if two is None else one.beside(two).compared
+    theirs = [] if two is None else two.compared
+    if not (mine and theirs) and base.result.metrics and other.result.metrics:
+        return [base], [other]
+    return mine or [base], theirs or [other]
+
+
+def _basis(baseline: int, other: int) -> str:
+    """What the figures rest on, by the number of engine starts of each setting."""
+    if baseline != other:
+        return f"Means of {baseline} and {other} engine starts."
+    return f"Means of {other} engine starts each." if other > 1 else "One measurement each."
+
+
+def _means(starts: Sequence[TrialRow]) -> Mapping[str, float]:
+    metrics = [row.result.metrics for row in starts]
     common = [name for name in metrics[0] if all(name in other for other in metrics)]
-    return {name: statistics.fmean(other[name] for other in metrics) for name in common}, len(metrics)
+    return {name: statistics.fmean(other[name] for other in metrics) for name in common}
 
 
 def _setting_rows(evidence: Evidence, other: TrialRow) -> list[list[object]]:
