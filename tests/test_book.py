@@ -23,8 +23,13 @@ def test_a_trial_counts_once_it_has_ended_by_its_own_doing() -> None:
     trials.put(measured(2, 90.0, setting(8)))
     trials.add(replace(failed(3, setting(4)), state=State.LOST), "another")
     trials.add(replace(measured(4, 90.0, setting(4)), verifies=0, restart=0), "one setting")
-    assert (trials.counted, len(trials), len(trials.live)) == (3, 5, 0)
+    assert (trials.counted, trials.next_number, len(trials.live)) == (3, 5, 0)
     assert [row.number for row in trials.searched] == [0, 1, 2, 3]
+
+
+def test_a_trial_that_a_broken_folder_has_lost_leaves_a_gap_in_the_numbers() -> None:
+    assert book().next_number == 0
+    assert book(measured(0, 100.0), measured(2, 90.0, setting(8))).next_number == 3
 
 
 def test_a_setting_is_known_while_it_runs_and_once_it_taught_something() -> None:

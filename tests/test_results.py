@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.report.best import write_best
+from raytune_autotuner.report.html.evidence import gather
 from raytune_autotuner.report.progress import time_left_s, time_left_text, times_left_s, verification_progress
 from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_result
 from raytune_autotuner.report.sparing import Sparing
@@ -465,6 +466,32 @@ def test_an_ended_study_is_told_by_the_verdict_that_it_wrote(folder: ResultsFold
     folder.write_verdict(replace(answer, sentence="As it was said then.", warning="And warned."))
     write_status(folder, replace(StudyStatus.begin(1), phase="finished"))
     assert "As it was said then. And warned." in render_status(summarize(folder))
+
+
+def test_what_is_broken_is_done_without_or_named_and_never_a_traceback(folder: ResultsFolder) -> None:
+    def break_it(path: Path, text: str = '{"phase": "fini') -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    folder.write_rows(sample_rows()[:4])
+    without = ["verdict.json", "status.json", "versions.json", "trials/4-d/trial.json", "trials/5-e/result.json"]
+    for name in without:
+        break_it(folder.path / name)
+    folder.add_suggestion(replace(running(5, setting(8)), trial_id="e"))
+    assert folder.broken() == without
+    for _ in range(2):  # no JSON, and the JSON of something else
+        assert (folder.read_verdict(), read_status(folder), folder.read_versions()) == (None, None, {})
+        assert read_result(folder.path / "trials/5-e") is None
+        assert [row.number for row in folder.read_rows()] == [0, 1, 2, 3, 5]
+        assert "Run trial 2" in gather(folder).answer.sentence
+        for name in without:
+            break_it(folder.path / name, "{}" if name != "trials/5-e/result.json" else '{"metrics": 7}')
+        folder.add_suggestion(replace(running(5, setting(8)), trial_id="e"))
+    for file in (folder.verifies_file, folder.rows_file):
+        break_it(file, "{}\n")
+        with pytest.raises(ConfigError, match=rf"{file.name}.*\nPut a copy of it back"):
+            gather(folder)
+        file.unlink()
 
 
 def test_a_study_that_has_not_begun_is_told_too(folder: ResultsFolder) -> None:

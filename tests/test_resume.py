@@ -24,7 +24,7 @@ from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import State, TrialResult, TrialRow
-from raytune_autotuner.tune.resume import kept_rows, unfinished_run
+from raytune_autotuner.tune.resume import check_versions, kept_rows, unfinished_run
 from tests.ray_nodes import OBJECT_STORE_BYTES, RAY_START, START_S, environment
 from tests.studies import command, marks, only_run, optuna_trials, run_study, write_study
 from tests.test_study_run import wait_for
@@ -93,6 +93,21 @@ def test_a_result_that_the_driver_did_not_live_to_see_is_kept(tmp_path: Path) ->
         (2, State.PENDING),
     ]
     assert rows[1].result.metrics == {"drift": 0.5}
+
+
+def test_a_folder_with_broken_files_goes_on_without_them(tmp_path: Path) -> None:
+    study, run = begun(tmp_path)
+    for number in range(3):
+        run.add_suggestion(TrialRow(number, "t", "", {"max-num-seqs": 2}))
+    for path in (run.status_file, run.versions_file, run.trial_dir(0, "t") / "trial.json"):
+        path.write_text("{broken")
+    (run.trial_dir(1, "t") / "result.json").write_text('{"metr')
+    assert unfinished_run(study, tmp_path / "results") == run
+    check_versions(run, {"vllm": "0.32.0"})
+    assert [(row.number, row.state) for row in kept_rows(run, study)] == [(1, State.PENDING), (2, State.PENDING)]
+    run.study_file.write_text("study: [")
+    with pytest.raises(ConfigError, match=r"study\.yaml: is broken"):
+        unfinished_run(study, tmp_path / "results")
 
 
 def test_a_trial_that_failed_by_the_studys_fault_says_nothing_and_is_run_again(tmp_path: Path) -> None:

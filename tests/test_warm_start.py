@@ -13,6 +13,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from raytune_autotuner.engine.catalog import make_engine
+from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Kind
 from raytune_autotuner.study.file import load_study
@@ -276,6 +277,11 @@ def test_another_cluster_and_folders_that_are_no_runs_any_more_are_passed_over(t
     broken = tmp_path / "results" / "test-20260101-000000"
     broken.mkdir()
     (broken / "study.yaml").write_text("a_key_of_another_version: 1\n")
+    left_behind(tmp_path, measured(0, 100.0))
+    left_behind(tmp_path, measured(0, 100.0))
+    *_, lines, known = ResultsFolder.runs(tmp_path / "results")
+    lines.rows_file.write_text("{broken\n")
+    known.versions_file.write_text("{broken")
     assert not cached(tmp_path, tmp_path / "results").answers
 
 

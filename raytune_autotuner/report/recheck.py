@@ -6,7 +6,6 @@ the defaults against it. How a gain is told from noise is `score/comparison.py`'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 from raytune_autotuner.report import wording
 from raytune_autotuner.report.differences import differences
 from raytune_autotuner.report.finalists import Contender, Targets, contenders
-from raytune_autotuner.report.results import ResultsFolder
+from raytune_autotuner.report.results import NO_ROW, ResultsFolder
 from raytune_autotuner.report.status import read_status
 from raytune_autotuner.report.verdict import Verdict, baseline_of, defaults_of, study_verdict
-from raytune_autotuner.report.writing import write_json
+from raytune_autotuner.report.writing import read_json, write_json
 from raytune_autotuner.score.comparison import Comparison, too_noisy
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.space import Params
@@ -206,11 +205,14 @@ def what_is_different(then: ResultsFolder, now: ResultsFolder) -> list[str]:
 
 
 def _read(folder: ResultsFolder) -> tuple[Claim, list[str]] | None:
-    try:
-        noted = json.loads(folder.verifies_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not folder.verifies_file.exists():
         return None
-    return Claim.from_dict(noted["claim"]), list(noted["different"])
+    noted = read_json(folder.verifies_file) or {}
+    try:
+        return Claim.from_dict(noted["claim"]), list(noted["different"])
+    except NO_ROW as error:
+        remedy = "Put a copy of it back, or take it away: the run is then read as a search."
+        raise ConfigError(f"{folder.verifies_file}: is broken; it says what the run verifies.\n{remedy}") from error
 
 
 # The claim

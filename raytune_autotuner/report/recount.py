@@ -46,7 +46,8 @@ def recount(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> Re
     gone = [row.number for row in with_figures if row.number not in again]
     found = _related([again.get(row.number, row) for row in rows])
     differences = [note for row, other in zip(rows, found, strict=True) if (note := _difference(row, other))]
-    return Recount(tuple(found), len(again), (*differences, *([_gone(gone)] if gone else [])))
+    lost = [*([_gone(gone)] if gone else []), *map(_broken, folder.broken())]
+    return Recount(tuple(found), len(again), (*differences, *lost))
 
 
 def verdict_note(written: Mapping[str, Any] | None, told: Mapping[str, Any]) -> str | None:
@@ -96,6 +97,10 @@ def _gone(numbers: Sequence[int]) -> str:
     named = ", ".join(map(str, numbers[:_NAMED])) + (f" and {len(numbers) - _NAMED} more" if numbers[_NAMED:] else "")
     trials = f"trial {named}" if len(numbers) == 1 else f"trials {named}"
     return f"No requests that can be read (requests.parquet) are left of {trials}: these figures are the table's."
+
+
+def _broken(name: str) -> str:
+    return f"{name} is broken: all of this is told without it."
 
 
 def _difference(row: TrialRow, again: TrialRow) -> str | None:

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.verdict import Verdict
-from raytune_autotuner.report.writing import append, atomically, write_json, write_text
+from raytune_autotuner.report.writing import append, atomically, read_json, write_json, write_text
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.file import load_study
 from raytune_autotuner.study.masking import mask_values
@@ -40,6 +40,12 @@ TRIALS = "trials"
 """The folder of the trials' folders."""
 SUGGESTION = "trial.json"
 """A trial's row as it was suggested, in its folder: what is known of one until it has ended."""
+RESULT = "result.json"
+"""What a trial came to, in its folder."""
+NO_ROW = (ValueError, KeyError, TypeError, AttributeError)
+"""What is raised where JSON is not what was written."""
+_SAID = {"winner", "sentence", "warning"}
+"""What every verdict says."""
 _RUN_NAME = re.compile(r"(?P<study>.+)-(?P<time>\d{8}-\d{6})(?:-(?P<n>\d+))?")
 
 
@@ -182,12 +188,8 @@ class ResultsFolder:
         write_json(self.versions_file, versions)
 
     def read_versions(self) -> dict[str, Any]:
-        """What `write_versions` wrote last; empty before that."""
-        try:
-            found: dict[str, Any] = json.loads(self.versions_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        return found
+        """What `write_versions` wrote last; empty before that, or where it is broken."""
+        return read_json(self.versions_file) or {}
 
     def write_rows(self, rows: Sequence[TrialRow]) -> None:
         """Replace the results table by `rows`, the truth first."""
@@ -223,16 +225,25 @@ class ResultsFolder:
     def _row(self, number: int, line: bytes) -> TrialRow:
         try:
             return TrialRow.from_dict(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.rows_file}, line {number}: is no trial's row: {error}.") from error
+        except NO_ROW as error:
+            remedy = "Put a copy of it back, or take the line out: what the trial has left in its folder counts then."
+            raise ConfigError(f"{self.rows_file}, line {number}: is no trial's row: {error}.\n{remedy}") from error
 
     def _suggested(self, ended: Container[int]) -> Iterator[TrialRow]:
         """The trials that have begun and are not among the `ended`."""
         for entry in os.scandir(self.trials_dir) if self.trials_dir.is_dir() else ():
             number = entry.name.partition("-")[0]
             if number.isdecimal() and int(number) not in ended:
-                with suppress(FileNotFoundError):
-                    yield TrialRow.from_dict(json.loads(Path(entry.path, SUGGESTION).read_text(encoding="utf-8")))
+                with suppress(*NO_ROW):  # broken: nobody knows what it was to measure
+                    if (row := read_json(Path(entry.path, SUGGESTION))) is not None:
+                        yield TrialRow.from_dict(row)
+
+    def broken(self) -> list[str]:
+        """Those of its JSON files that are there and cannot be read: all else is told without them."""
+        own = (self.verdict_file, self.status_file, self.versions_file)
+        of_trials = (path for name in (SUGGESTION, RESULT) for path in sorted(self.trials_dir.glob(f"*/{name}")))
+        files = [path for path in (*own, *of_trials) if path.is_file() and read_json(path) is None]
+        return [str(path.relative_to(self.path)) for path in files]
 
     def read_row(self, number: int) -> TrialRow:
         """The row of trial `number`; raises `ConfigError` where there is none."""
@@ -248,12 +259,9 @@ class ResultsFolder:
         write_json(self.verdict_file, answer.to_dict(), durable=True)
 
     def read_verdict(self) -> dict[str, Any] | None:
-        """What `write_verdict` wrote last; None before that."""
-        try:
-            found: dict[str, Any] = json.loads(self.verdict_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return found
+        """What `write_verdict` wrote last; None before that, or where it is broken."""
+        found = read_json(self.verdict_file)
+        return found if found is not None and found.keys() >= _SAID else None
 
     def _objectives(self, rows: Sequence[TrialRow]) -> list[str]:
         """The metrics of several objectives; nothing where there is one."""
@@ -264,14 +272,15 @@ class ResultsFolder:
 
 def write_result(trial_dir: Path, result: TrialResult) -> None:
     """Write the trial's `result.json`; it survives the trial's processes."""
-    write_json(trial_dir / "result.json", result.to_dict(), durable=True)
+    write_json(trial_dir / RESULT, result.to_dict(), durable=True)
 
 
 def read_result(trial_dir: Path) -> TrialResult | None:
     """What `write_result` wrote, or None where the trial left no result that can be read."""
     try:
-        return TrialResult.from_dict(json.loads((trial_dir / "result.json").read_text(encoding="utf-8")))
-    except OSError:
+        found = read_json(trial_dir / RESULT)
+        return None if found is None else TrialResult.from_dict(found)
+    except (ConfigError, *NO_ROW):
         return None
 
 

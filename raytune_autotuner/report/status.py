@@ -5,17 +5,16 @@ Works from the file alone, for a study that runs, has ended or was killed.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from raytune_autotuner.report.results import ResultsFolder
-from raytune_autotuner.report.writing import write_json
+from raytune_autotuner.report.results import NO_ROW, ResultsFolder
+from raytune_autotuner.report.writing import read_json, write_json
 from raytune_autotuner.study.failure import Stage
 
 Phase = Literal["running", "finished", "interrupted", "at fault"]
@@ -81,13 +80,15 @@ def write_status(folder: ResultsFolder, status: StudyStatus) -> None:
 
 
 def read_status(folder: ResultsFolder) -> StudyStatus | None:
-    """What `write_status` wrote last; None where the study never began."""
-    try:
-        values: dict[str, Any] = json.loads(folder.status_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """What `write_status` wrote last; None where the study never began, or where that is broken."""
+    values = read_json(folder.status_file)
+    if values is None:
         return None
-    live = tuple(LiveTrial(**{**trial, "stage": Stage(trial["stage"])}) for trial in values.pop("live"))
-    return StudyStatus(**values, live=live)
+    try:
+        live = tuple(LiveTrial(**{**trial, "stage": Stage(trial["stage"])}) for trial in values.pop("live"))
+        return StudyStatus(**values, live=live)
+    except NO_ROW:
+        return None
 
 
 def standing_of(status: StudyStatus | None) -> Standing:

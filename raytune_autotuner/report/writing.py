@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, whatever ends the writer, and without secrets where they are JSON."""
+"""Files that are written whole or not at all, whatever ends the writer, and without secrets where they are JSON.
+
+What is broken all the same (by a disk, by hand) is read as if it were not there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.masking import mask_values
 
 
@@ -14,6 +18,20 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Write JSON for people and programs, without secrets, whole or not at all."""
     text = json.dumps(mask_values(value), indent=2, allow_nan=False, default=str)
     write_text(path, text + "\n", durable=durable)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote of a mapping; None where nothing is there, or something broken.
+
+    Raises `ConfigError` where it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return found if isinstance(found, dict) else None
 
 
 def append(path: Path, text: str) -> None:

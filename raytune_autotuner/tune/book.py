@@ -54,8 +54,10 @@ class Book:
         """The trials that have not ended."""
         return self._live
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    @property
+    def next_number(self) -> int:
+        """One more than the last trial's: what a broken folder has lost leaves a gap."""
+        return next((row.number + 1 for row in reversed(self._rows.values())), 0)
 
     def __getitem__(self, trial_id: str) -> TrialRow:
         return self._rows[trial_id]

@@ -6,7 +6,7 @@ study does; what that is beyond the fingerprint of `warm_start` stands here. Kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,15 @@ def _conditions(study: Study, versions: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _comparable_rows(run: ResultsFolder, now: Mapping[str, Any]) -> Iterator[TrialRow]:
+def _comparable_rows(run: ResultsFolder, now: Mapping[str, Any]) -> list[TrialRow]:
     """The trials of a run that measured as this study does; none of a folder that cannot be read as a run any more."""
     try:
         study = run.load_study()
+        by_hand = run.path.name.startswith(f"{study.study}{ENDING}-")  # which may have another restart's seeds
+        alike = not by_hand and mask_values(_conditions(study, run.read_versions())) == now
+        return run.read_rows() if alike else []
     except ConfigError:
-        return
-    by_hand = run.path.name.startswith(f"{study.study}{ENDING}-")  # which may have another restart's seeds
-    if not by_hand and mask_values(_conditions(study, run.read_versions())) == now:
-        yield from run.read_rows()
+        return []
 
 
 def _answers(study: Study, row: TrialRow) -> bool:

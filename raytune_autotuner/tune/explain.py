@@ -10,6 +10,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from raytune_autotuner.load.workload import lengths, levels
 from raytune_autotuner.report.runs import runs_at
 from raytune_autotuner.report.store import Store
 from raytune_autotuner.report.wording import describe_params, format_duration
+from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Failure
 from raytune_autotuner.study.space import Params, setting_key
 from raytune_autotuner.study.study import Study, Workload
-from raytune_autotuner.study.trial import State
+from raytune_autotuner.study.trial import State, TrialRow
 from raytune_autotuner.tune.checks import check_study
 from raytune_autotuner.tune.cluster import Cluster, this_machine
 from raytune_autotuner.tune.samplers import make_sampler
@@ -176,7 +178,10 @@ def _why(study: Study, engine: Engine, params: Params) -> str | None:
 
 
 def _median_trial_s(study: Study, results: Path | Store) -> float | None:
-    rows = [row for run in runs_at(results, study.study) for row in run.read_rows()]
+    rows: list[TrialRow] = []
+    for run in runs_at(results, study.study):
+        with suppress(ConfigError):  # a broken run says nothing of the time that trials take
+            rows += run.read_rows()
     seconds = [row.result.seconds.get("total", 0.0) for row in rows if row.state is State.MEASURED]
     return statistics.median(seconds) if seconds else None
 

@@ -150,7 +150,7 @@ class TrialReporter:
 
         Numbers are without gaps, so they are not Optuna's: it also counts suggestions that were never started.
         """
-        row = TrialRow(len(self._book), trial_id, params=dict(params), **{"name": "", **more})
+        row = TrialRow(self._book.next_number, trial_id, params=dict(params), **{"name": "", **more})
         self._folder.add_suggestion(row)
         self._book.add(row, setting_key(filled))
         self._on_change(row)
@@ -160,7 +160,7 @@ class TrialReporter:
         self, params: Params, filled: Params, source: str, name: str = "", result: TrialResult | None = None
     ) -> TrialRow:
         """Put down a setting of an earlier run with what it came to there, or (None) to be measured by restarts."""
-        number = len(self._book)
+        number = self._book.next_number
         row = TrialRow(number, f"earlier_{number}", name, dict(params), State.EARLIER, taken_from=source)
         if result is not None:
             row = self._judged(row, result, Standing())

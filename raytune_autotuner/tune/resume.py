@@ -93,9 +93,7 @@ def kept_rows(folder: ResultsFolder, study: Study) -> list[TrialRow]:
     Those that failed by the study's fault count as interrupted: they say nothing of their settings. So do restarts for
     the verdict where `study` may find other finalists than the run's own: all are to be measured side by side.
     """
-    then, now = (
-        dict(_flat(yaml.safe_load(text))) for text in (folder.study_file.read_text("utf-8"), study_yaml(study))
-    )
+    then, now = _keys_of(folder), dict(_flat(yaml.safe_load(study_yaml(study))))
     again = any(then.get(key) != now.get(key) for key in _DECIDES_FINALISTS)
     return [_kept(_with_result(folder, row), again) for row in folder.read_rows()]
 
@@ -161,7 +159,7 @@ def _unfinished(run: ResultsFolder) -> bool:
 
 
 def _check_same(study: Study, run: ResultsFolder) -> None:
-    then = dict(_flat(yaml.safe_load(run.study_file.read_text(encoding="utf-8"))))
+    then = _keys_of(run)
     now = dict(_flat(yaml.safe_load(study_yaml(study))))
     for key in {**then, **now}:
         if then.get(key) != now.get(key) and key not in CHANGEABLE:
@@ -169,6 +167,14 @@ def _check_same(study: Study, run: ResultsFolder) -> None:
                 f"--resume: {key} was {shown(then.get(key))} in {run.place} and is {shown(now.get(key))} now.\n"
                 f"Set it back, or start anew without --resume. Free to change: {', '.join(CHANGEABLE)}."
             )
+
+
+def _keys_of(run: ResultsFolder) -> dict[str, Any]:
+    """The keys of the run's study, dotted, as they were written."""
+    try:
+        return dict(_flat(yaml.safe_load(run.study_file.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{run.study_file}: is broken. Put a copy of it back, or leave --resume out.") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
