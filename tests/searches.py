@@ -36,7 +36,9 @@ class Search:
         self.folder.write_versions({**versions(self.engine), "cluster": "one"})
         self.defaults = self.engine.defaults()
         self.cache = read_cache(study, self.folder.read_versions(), parent, self.defaults)
-        self.reporter = TrialReporter(study, self.folder, self.engine.rules, standing_of=lambda trial_id: Standing())
+        self.standing = Standing()
+        """Where every trial is, as last heard."""
+        self.reporter = TrialReporter(study, self.folder, self.engine.rules, standing_of=lambda _: self.standing)
         self._slots = slots
 
     def begin(self, storage: BaseStorage | None = None, learned: Sequence[Learned] = ()) -> None:

@@ -16,6 +16,7 @@ from raytune_autotuner.load.parquet import read_records
 from raytune_autotuner.load.trouble import Clocks
 from raytune_autotuner.load.workload import Level
 from raytune_autotuner.report.course import SAMPLES
+from raytune_autotuner.report.results import QUALITY, read_result
 from raytune_autotuner.score.metrics import ENGINE_METRICS
 from raytune_autotuner.score.objective import metrics_of_requests
 from raytune_autotuner.score.quality import Quality
@@ -152,6 +153,11 @@ def test_the_baseline_keeps_its_answers_and_a_setting_that_loses_too_much_fails_
     assert (failure.kind, failure.blame, failure.stage) == (Kind.QUALITY_LOSS, Blame.PARAMETERS, Stage.READY)
     assert worse.result.metrics["perplexity_rise"] > 0.001
     assert worse.steps == []
+    for trial in (baseline, same, worse):  # what is known of one that is ended under load
+        asked = read_result(trial.folder, QUALITY)
+        assert asked is not None
+        assert asked.answers == trial.result.answers
+        assert asked.metrics.items() <= trial.result.metrics.items()
 
 
 SPACE = {"max-num-seqs": {"choice": [2, 8]}, "kv-cache-dtype": {"choice": ["auto", "fp8"]}}

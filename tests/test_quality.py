@@ -25,10 +25,13 @@ from raytune_autotuner.load.quality import (
     log_probabilities,
     texts,
 )
+from raytune_autotuner.report.results import QUALITY, write_result
 from raytune_autotuner.score.quality import Quality, QualityLoss, answer_change, judge, loss, perplexity
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.study import QualitySpec
+from raytune_autotuner.study.trial import TrialResult
+from raytune_autotuner.tune.standing import Standing
 from tests.report_samples import NO_MEMORY
 from tests.searches import Search
 from tests.simulated_server import Server, free_port
@@ -320,6 +323,17 @@ def test_a_baseline_that_was_lost_is_run_again_before_what_is_queued(guarded: Se
 def test_answers_of_a_baseline_that_failed_later_are_answers(guarded: Search) -> None:
     guarded.suggest("a")
     guarded.fail("a", replace(NO_MEMORY, stage=Stage.LOAD), "an answer")
+    assert guarded.suggest("b")["reference"] == Quality(9.0, ("an answer",))
+
+
+def test_answers_of_a_baseline_that_was_ended_under_load_are_answers(guarded: Search) -> None:
+    guarded.suggest("a")
+    write_result(guarded.folder.trial_dir(0, "a"), TrialResult({"perplexity": 9.0}, answers=("an answer",)), QUALITY)
+    guarded.standing = Standing(Stage.LOAD, 0.5, started_at=1.0, moved_at=2.0, ended_by=Kind.HUNG, ended_at=9.0)
+    guarded.searcher.on_trial_complete("a", error=True)
+    row = guarded.reporter.row("a")
+    assert row.result.failure is not None
+    assert (row.result.failure.kind, row.result.metrics) == (Kind.HUNG, {"perplexity": 9.0})
     assert guarded.suggest("b")["reference"] == Quality(9.0, ("an answer",))
 
 

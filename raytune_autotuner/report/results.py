@@ -4,7 +4,8 @@
         study.yaml  versions.json  status.json  verdict.json
         trials.jsonl  trials.parquet  trials.csv
         optuna.log  study.log  best.yaml  launch.sh
-        trials/<number>-<id>/  trial.json  trial.log  engine.log  load.log  command.json  requests.parquet  result.json
+        trials/<number>-<id>/
+            trial.json  trial.log  engine.log  load.log  command.json  quality.json  requests.parquet  result.json
 
 `trials.jsonl` is the truth: a `TrialRow` a line, put there at the trial's end and by number once the study is over.
 Parquet and CSV are made from it, for other programs, and are a little behind it in a large study that runs. Every other
@@ -20,6 +21,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ SUGGESTION = "trial.json"
 """A trial's row as it was suggested, in its folder: what is known of one until it has ended."""
 RESULT = "result.json"
 """What a trial came to, in its folder."""
+QUALITY = "quality.json"
+"""What it lost in quality, or the baseline's answers, put there before the load: for a trial that is ended under it."""
 NO_ROW = (ValueError, KeyError, TypeError, AttributeError)
 """What is raised where JSON is not what was written."""
 _SAID = {"winner", "sentence", "warning"}
@@ -241,8 +245,8 @@ class ResultsFolder:
     def broken(self) -> list[str]:
         """Those of its JSON files that are there and cannot be read: all else is told without them."""
         own = (self.verdict_file, self.status_file, self.versions_file)
-        of_trials = (path for name in (SUGGESTION, RESULT) for path in sorted(self.trials_dir.glob(f"*/{name}")))
-        files = [path for path in (*own, *of_trials) if path.is_file() and read_json(path) is None]
+        of_trials = (sorted(self.trials_dir.glob(f"*/{name}")) for name in (SUGGESTION, QUALITY, RESULT))
+        files = [path for path in (*own, *chain(*of_trials)) if path.is_file() and read_json(path) is None]
         return [str(path.relative_to(self.path)) for path in files]
 
     def read_row(self, number: int) -> TrialRow:
@@ -270,15 +274,15 @@ class ResultsFolder:
         return [metric for metric, _ in self.load_study().objective.targets]
 
 
-def write_result(trial_dir: Path, result: TrialResult) -> None:
-    """Write the trial's `result.json`; it survives the trial's processes."""
-    write_json(trial_dir / RESULT, result.to_dict(), durable=True)
+def write_result(trial_dir: Path, result: TrialResult, name: str = RESULT) -> None:
+    """Write the trial's result, or what is known of it so far; it survives the trial's processes."""
+    write_json(trial_dir / name, result.to_dict(), durable=True)
 
 
-def read_result(trial_dir: Path) -> TrialResult | None:
+def read_result(trial_dir: Path, name: str = RESULT) -> TrialResult | None:
     """What `write_result` wrote, or None where the trial left no result that can be read."""
     try:
-        found = read_json(trial_dir / RESULT)
+        found = read_json(trial_dir / name)
         return None if found is None else TrialResult.from_dict(found)
     except (ConfigError, *NO_ROW):
         return None

@@ -35,7 +35,7 @@ from raytune_autotuner.load.trouble import clock_trouble, starvation
 from raytune_autotuner.load.vllm_bench import BenchFailed
 from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
 from raytune_autotuner.report.logs import LogWriter
-from raytune_autotuner.report.results import write_result
+from raytune_autotuner.report.results import QUALITY, RESULT, write_result
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.quality import Quality, judge, loss
@@ -246,12 +246,13 @@ class Evaluation:
                 self._fail(Kind.BAD_RESPONSES, str(error), "Leave quality out of the study.", Blame.STUDY)
             self._fail(Kind.BAD_RESPONSES, str(error), "Leave this setting out of the space.")
         self._measured.quality["perplexity"] = found.perplexity
-        if self.reference is None:
+        lost = None if self.reference is None else loss(found, self.reference)
+        if lost is None:
             self._answers = found.answers
-            return
-        lost = loss(found, self.reference)
-        self._measured.quality |= {"perplexity_rise": lost.perplexity_rise, "answer_change": lost.answer_change}
-        if sentence := judge(lost, self.study.quality):
+        else:
+            self._measured.quality |= {"perplexity_rise": lost.perplexity_rise, "answer_change": lost.answer_change}
+        self._write(TrialResult(self._measured.quality, answers=self._answers), QUALITY)
+        if lost is not None and (sentence := judge(lost, self.study.quality)):
             self._fail(Kind.QUALITY_LOSS, sentence, "If so much loss is acceptable, raise the limit under quality.")
 
     def _warm_up(self, server: Server, scale: Sequence[Level]) -> None:
@@ -501,15 +502,21 @@ class Evaluation:
         A trial that was ended early has no result of its own, lest its part be taken for the whole.
         """
         self._keep_requests()
+        if result is not None:
+            self._write(result)
         try:
-            if result is not None:
-                write_result(self.workdir, result)
             self._log.write(self.stage, said)
         except OSError as error:
             logger.error("%s: could not be written: %s", self.workdir, error)
         finally:
             self._log.close()
             self._load_log.close()
+
+    def _write(self, result: TrialResult, name: str = RESULT) -> None:
+        try:
+            write_result(self.workdir, result, name)
+        except OSError as error:
+            logger.error("%s: could not be written: %s", self.workdir, error)
 
     def _keep_requests(self, more: Sequence[RequestRecord] = ()) -> None:
         try:

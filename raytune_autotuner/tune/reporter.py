@@ -17,7 +17,7 @@ from raytune_autotuner.engine.logfile import read_log
 from raytune_autotuner.engine.protocol import Cause
 from raytune_autotuner.engine.reading import LogRules, diagnose
 from raytune_autotuner.engine.server import LOG_NAME, read_end
-from raytune_autotuner.report.results import ResultsFolder, read_result
+from raytune_autotuner.report.results import QUALITY, ResultsFolder, read_result
 from raytune_autotuner.score.objective import judged
 from raytune_autotuner.score.quality import Quality
 from raytune_autotuner.score.slo import NO_SLO_VALUE
@@ -232,8 +232,11 @@ class TrialReporter:
         if row.trial_id in self._stopped:
             return replace(bare, metrics=round_metrics(report or {}))
         # The actor died. A result that it had written before counts: its last second does not take it away.
-        written = read_result(self._folder.trial_dir(row.number, row.trial_id))
-        return written or replace(bare, failure=self._cause(row, standing))
+        trial_dir = self._folder.trial_dir(row.number, row.trial_id)
+        if (written := read_result(trial_dir)) is not None:
+            return written
+        asked = read_result(trial_dir, QUALITY) or bare
+        return replace(bare, metrics=asked.metrics, failure=self._cause(row, standing), answers=asked.answers)
 
     def _cause(self, row: TrialRow, standing: Standing) -> Failure:
         """Why a trial failed whose actor is dead."""
