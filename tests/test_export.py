@@ -20,15 +20,18 @@ import yaml
 from raytune_autotuner import cli
 from raytune_autotuner.cli.results import EXPORT_FORMS
 from raytune_autotuner.engine.flags import arguments
+from raytune_autotuner.report.best import caution as caution_of
 from raytune_autotuner.report.export import FORMS, Form, export
 from raytune_autotuner.report.html.evidence import gather
 from raytune_autotuner.report.recheck import claim_of
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import StudyStatus, write_status
 from raytune_autotuner.report.summary import summarize
+from raytune_autotuner.report.verdict import study_verdict
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.study.errors import WRONG_USE, ConfigError
-from tests.report_samples import failed, make_study, measured, setting, verified
+from raytune_autotuner.study.trial import State, TrialRow
+from tests.report_samples import BASE, again, failed, make_study, measured, running, setting, verified
 from tests.studies import run_study, write_study
 from tests.study_folders import VERSIONS, make_folder
 
@@ -302,6 +305,27 @@ def test_figures_of_a_single_measurement_are_called_so(tmp_path: Path) -> None:
     text = exported(make_folder(tmp_path, rows, study), "vllm", number=1)
     assert "output_throughput_tok_s 120, baseline 100 (one measurement each)" in text
     assert "caution: it does not meet every SLO of the study" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "caution"),
+    [
+        (measured(1, 120.0, setting(8)), None),
+        (replace(failed(1, setting(8)), penalty=None), "this trial failed: out-of-memory at kv-cache"),
+        (replace(running(1, setting(8)), state=State.STOPPED, bound=9.0), "this trial was ended before its last load"),
+        (replace(running(1, setting(8)), state=State.INTERRUPTED), "this trial has no figures: it is interrupted"),
+    ],
+)
+def test_what_speaks_against_a_setting_is_named_for_what_it_is(row: TrialRow, caution: str | None) -> None:
+    found = caution_of(row, study_verdict(make_study(), [measured(0, 100.0), row]))
+    assert found is None if caution is None else str(found).startswith(caution)
+
+
+def test_a_setting_that_failed_when_it_was_started_again_is_not_said_to_miss_an_slo() -> None:
+    rows = verified([measured(0, 100.0), measured(1, 120.0, setting(8))], {0: BASE})
+    rows.append(again(90, rows[1], 0))
+    found = caution_of(rows[1], study_verdict(make_study(), rows))
+    assert found == "trial 1 failed when started again (out-of-memory in trial 90)"
 
 
 @pytest.mark.slow

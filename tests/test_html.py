@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import pytest
 
 from raytune_autotuner.cli import main
+from raytune_autotuner.report.html.charts import trade_off
 from raytune_autotuner.report.html.evidence import gather
 from raytune_autotuner.report.html.failing import grouped
 from raytune_autotuner.report.html.figures import BAD, FAINT
@@ -305,6 +306,16 @@ def test_several_objectives_are_drawn_as_a_front_with_their_limits(tmp_path: Pat
     (line,) = [trace for trace in front["data"] if trace["name"] == "Pareto front"]
     assert list(zip(line["x"], line["y"], strict=True)) == [(120.0, 40.0), (140.0, 80.0)]
     assert front["layout"]["shapes"][0]["y0"] == 3000
+
+
+def test_where_the_highest_load_is_looked_for_the_latency_is_that_of_the_level_that_is_judged(tmp_path: Path) -> None:
+    objective = {"maximize": "max_load_under_slo", "slo": {"ttft_ms": {"mean": 100}}}
+    study = make_study(workload={"concurrency": [4, 16]}, objective=objective)
+    row = measured(0, 4.0)
+    row = replace(row, result=replace(row.result, metrics={"ttft_ms_mean@c4": 50.0, "ttft_ms_mean@c16": 900.0}))
+    chart = trade_off(gather(make_folder(tmp_path, [row], study)))
+    assert [trace["x"] for trace in chart.traces] == [[50.0]]
+    assert "at c4, where SLOs must be kept" in chart.note
 
 
 def test_the_command_writes_the_report_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

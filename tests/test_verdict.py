@@ -268,6 +268,14 @@ def test_too_much_noise_is_a_warning_that_names_the_restarts_needed() -> None:
     assert "verify.restarts" in answer.warning
 
 
+def test_scores_that_never_differ_are_not_called_noisy_but_stepped() -> None:
+    answer = judged({0: (8.0,) * 3, 1: (16.0,) * 3}, finalists()[:2])
+    assert answer.warning is not None
+    assert answer.warning.startswith("The scores come in steps that are too wide to decide: a gain of 100.0 %")
+    assert "Use about 4 restarts (verify.restarts), or a finer load" in answer.warning
+    assert not judged({0: (8.0,) * 4, 1: (16.0,) * 4}, finalists()[:2]).keeps_defaults
+
+
 def test_a_goodput_of_zero_with_the_defaults_is_beaten_without_a_share() -> None:
     answer = judged({0: (0.0, 0.0, 0.0), 1: (5.0, 5.1, 4.9)})
     assert answer.winner is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from raytune_autotuner.report import wording
 from raytune_autotuner.report.finalists import Contender
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict
@@ -14,7 +15,7 @@ from raytune_autotuner.study.masking import assignment, mask, mask_line, mask_va
 from raytune_autotuner.study.plain import dump_yaml
 from raytune_autotuner.study.space import Params, changes, format_value
 from raytune_autotuner.study.study import Study
-from raytune_autotuner.study.trial import TrialRow
+from raytune_autotuner.study.trial import State, TrialRow
 
 
 def write_best(
@@ -36,10 +37,19 @@ def worth(study: Study, row: TrialRow, answer: Verdict) -> list[str]:
     return list(_worth_once(study, row, answer.baseline) if again is None else _worth_again(answer, again))
 
 
-def keeps_slos(row: TrialRow, answer: Verdict) -> bool:
-    """Whether the setting meets every SLO, over its restarts where there are some."""
-    again = next((one for one in answer.contenders if one.row.number == row.number), None)
-    return row.feasible if again is None else again.holds
+def caution(row: TrialRow, answer: Verdict) -> str | None:
+    """What speaks against serving the setting, by its restarts where there are enough of them; None: nothing does."""
+    again = next((one for one in answer.contenders if one.row.number == row.number and one.ended), None)
+    if again is not None:
+        why = wording.why_out(again)
+        return None if why is None else f"{'the ' if again.is_baseline else ''}{again.name} {why}"
+    if (failure := row.result.failure) is not None:
+        return f"this trial failed: {failure.kind} at {failure.stage}"
+    if row.state is State.STOPPED:
+        return "this trial was ended before its last load, as it could not beat the best one any more"
+    if row.state is not State.MEASURED:
+        return f"this trial has no figures: it is {row.state}"
+    return None if row.feasible else "it does not meet every SLO of the study"
 
 
 def _provenance(study: Study, row: TrialRow, run: str, answer: Verdict) -> str:
@@ -50,8 +60,7 @@ def _provenance(study: Study, row: TrialRow, run: str, answer: Verdict) -> str:
     lines += [f"The setting of {row.taken_from}."] if row.taken_from else []
     lines.append(f"Changed against the baseline: {describe_params(changed)}" if changed else "The engine's defaults.")
     lines += [f"{text}." for text in worth(study, row, answer)]
-    if not keeps_slos(row, answer):
-        lines.append("It does not meet every SLO of the study.")
+    lines += [f"Caution: {text}." for text in [caution(row, answer)] if text]
     lines += [f"Verdict: {' '.join(filter(None, (answer.sentence, answer.warning)))}"]
     return comment(map(mask, lines))
 

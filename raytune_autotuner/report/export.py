@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from raytune_autotuner.report.best import keeps_slos, worth
+from raytune_autotuner.report.best import caution, worth
 from raytune_autotuner.report.finalists import started
 from raytune_autotuner.report.forms import (
     SERVE,
@@ -189,10 +189,8 @@ def _provenance(
         "figures": "; ".join(worth(study, row, answer)) or "not measured",
         "setting": describe_params(row.params) if row.params else "the engine's defaults",
     }
-    if row.penalty is not None and row.result.failure is not None:
-        told["caution"] = f"this trial failed: {row.result.failure.kind} at {row.result.failure.stage}"
-    elif not keeps_slos(row, answer):
-        told["caution"] = "it does not meet every SLO of the study"
+    if (against := caution(row, answer)) is not None:
+        told["caution"] = against
     return {name: " ".join(mask(text).split()) for name, text in told.items()}
 
 

@@ -176,11 +176,17 @@ def without_defaults(
 
 
 def warning(one: Contender, noisy: TooNoisy) -> str:
-    """That the machine is too noisy to decide."""
+    """That the machine is too noisy to decide, or that the scores come in steps that are too wide."""
     comparison = one.comparisons[0]
     size = percent(noisy.gain) if comparison.scale != "difference" else format_number(noisy.gain)
     noise = "" if comparison.scale == "difference" else f" of {percent(comparison.noise)}, beyond what drifts for all,"
     needed = f"more than {MAX_RESTARTS:,}" if noisy.restarts is None else f"about {noisy.restarts}"
+    if comparison.in_steps:
+        return (
+            f"The scores come in steps that are too wide to decide: a gain of {size} could not be told from a step by "
+            f"{comparison.pairs} restarts. Use {needed} restarts (verify.restarts), "
+            "or a finer load: more levels or requests."
+        )
     return (
         f"The noise between restarts{noise} is too large to decide: a gain of {size} could not be told from it by "
         f"{comparison.pairs} restarts. Use a quieter machine or more requests, or {needed} restarts (verify.restarts)."

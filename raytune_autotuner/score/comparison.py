@@ -63,6 +63,13 @@ class Comparison:
     """That all intervals of the choice hold their true gains."""
     direction: Direction = "maximize"
     scale: Scale = "ratio"
+    rounding: float = 0.0
+    """The part of `deviation` that comes of scores in steps, whether or not they differ between restarts."""
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the scores differ so little between restarts that only the width of their steps is in the way."""
+        return 0 < self.deviation <= self.rounding
 
     @property
     def gain(self) -> float:
@@ -132,7 +139,8 @@ def compare(
     pooled, least = _pooled([first, *others]), _rounding([first, *others])
     stated = (objectives * len(finalists), confidence, direction, scale)
     return [
-        Comparison(*_estimate(_differences(first, scores), pooled, least, *stated[:2]), *stated) for scores in others
+        Comparison(*_estimate(_differences(first, scores), pooled, least, *stated[:2]), *stated, math.sqrt(least))
+        for scores in others
     ]
 
 

@@ -82,7 +82,7 @@ def metrics_of_requests(
 
 def violation(study: Study, metrics: Mapping[str, float]) -> float:
     """The constraint's value of a measured trial, over the load levels at which its SLOs must hold."""
-    return constraint_value(metrics, study.objective, _judged_levels(study))
+    return constraint_value(metrics, study.objective, judged_levels(study))
 
 
 def assess(study: Study, result: TrialResult) -> Assessment:
@@ -138,7 +138,7 @@ def promises(study: Study, metrics: Mapping[str, float]) -> list[Promise]:
     limits = slo.slo_metrics(objective)
     if objective.slo and objective.attainment is not None:
         limits = {slo.ATTAINMENT: objective.attainment}
-    places = [f"@{level}" for level in _judged_levels(study)] or [""]
+    places = [f"@{level}" for level in judged_levels(study)] or [""]
     return [
         Promise(f"{name}{at}", limit, name == slo.ATTAINMENT, measured(metrics, f"{name}{at}"))
         for name, limit in limits.items()
@@ -169,7 +169,7 @@ def softened(score: float, violation: float, direction: Direction) -> float:
     return score + abs(score) * share / (1.0 - share)
 
 
-def _judged_levels(study: Study) -> list[str]:
+def judged_levels(study: Study) -> list[str]:
     """The labels of the load levels at which every SLO must hold; none where there is one level, named or not."""
     levels = [*slo.loads(study.workload)]
     if len(levels) < 2:
@@ -208,7 +208,7 @@ def _decisive(study: Study) -> Iterator[tuple[str, str]]:
     for name, _ in study.objective.targets:
         base, at, level = name.partition("@")
         yield from ((base, place) for place in ([f"@{level}"] if at else everywhere))
-    judged = [f"@{level}" for level in _judged_levels(study)] or [""]
+    judged = [f"@{level}" for level in judged_levels(study)] or [""]
     yield from ((name, place) for name in slo.slo_metrics(study.objective) for place in judged)
 
 

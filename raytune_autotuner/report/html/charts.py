@@ -26,6 +26,7 @@ from raytune_autotuner.report.html.figures import (
     valued,
 )
 from raytune_autotuner.report.wording import format_number
+from raytune_autotuner.score.objective import judged_levels
 from raytune_autotuner.score.pareto import scores_of
 from raytune_autotuner.study.space import Choice, Range, format_value
 from raytune_autotuner.study.trial import State, TrialRow
@@ -113,11 +114,11 @@ def main_latency(evidence: Evidence) -> str:
     return next((name for name in limits if name != metric), usual or "ttft_ms_p90")
 
 
-def worst(row: TrialRow, latency: str) -> float | None:
-    """A metric at the load level where it is largest, as an SLO is judged; None where it was not measured."""
+def worst(row: TrialRow, latency: str, levels: Sequence[str]) -> float | None:
+    """A metric at the one of the judged `levels` where it is largest; None where it was not measured."""
     metrics = row.result.metrics
-    levels = [value for name, value in metrics.items() if name.startswith(f"{latency}@")]
-    return max(levels, default=metrics.get(latency))
+    found = [metrics[name] for level in levels if (name := f"{latency}@{level}") in metrics]
+    return max(found, default=metrics.get(latency))
 
 
 def slo_limits(evidence: Evidence) -> dict[str, float]:
@@ -211,13 +212,19 @@ def _front(evidence: Evidence) -> Chart:
 
 def _against_latency(evidence: Evidence) -> Chart:
     metric, latency = evidence.study.objective.metric, main_latency(evidence)
-    rows = [row for row in evidence.searched if row.score is not None and worst(row, latency) is not None]
+    levels = judged_levels(evidence.study)
+
+    def slowest(row: TrialRow) -> float | None:
+        return worst(row, latency, levels)
+
+    rows = [row for row in evidence.searched if row.score is not None and slowest(row) is not None]
     title = f"Score against {latency}"
     if not rows:
         return Chart("front", title, "", empty=f"No trial has both a score and {latency}.")
-    traces = _clouds(evidence, rows, lambda row: worst(row, latency), lambda row: row.score, (latency, metric))
+    traces = _clouds(evidence, rows, slowest, lambda row: row.score, (latency, metric))
     layout = {"xaxis": axis(latency), "yaxis": axis(metric), **_slo_lines(evidence, latency, metric)}
-    note = "What a score costs in latency, at the load level where that is largest; a dotted line is an SLO's limit."
+    where = "the load level where that is largest" if len(levels) != 1 else f"{levels[0]}, where SLOs must be kept"
+    note = f"What a score costs in latency, at {where}; a dotted line is an SLO's limit."
     return Chart("front", title, note, tuple(traces), layout, height=440)
 
 
