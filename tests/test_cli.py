@@ -242,11 +242,15 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "arrivals until after the deadline": (
         {"workload": {"concurrency": [], "request_rate_rps": [2, 0.5], "rounds": 2}},
-        "trial.timeout_s: 30 s are too short: until the last request has arrived, the loads take 80 s",
+        "trial.timeout_s: 30 s are too short: until the last request has arrived, the loads and their warm-ups",
     ),
     "requests that do not fit": (
         {"engine": {"args": {"max-model-len": 39}}, "workload": {"prefix": {"tokens": 8}, "traffic": "D(24,8)"}},
         "engine.args.max-model-len: 39 tokens do not hold the longest request of the workload, 32 of prompt and 8 of",
+    ),
+    "requests that may not fit": (
+        {"engine": {"args": {"max-model-len": 99}}, "workload": {"traffic": "U(1,60)/(1,40)"}},
+        "engine.args.max-model-len: 99 tokens do not hold the longest request of the workload, 60 of prompt and 40 of",
     ),
     "wrong direction": ({"objective": {"maximize": "ttft_ms_p90"}}, "lower is better; write minimize: ttft_ms_p90"),
     "unknown latency": ({"objective": {"slo": {"ttft": {"p90": 5}}}}, "no latency 'ttft'. Did you mean 'ttft_ms'?"),

@@ -453,9 +453,9 @@ def test_a_busy_client_says_so() -> None:
     assert quiet.clock_jump_s == pytest.approx(0, abs=0.4)
 
 
-def outcome_of(**seen: Any) -> LoadRun:
-    """A load of which the client says `seen` about itself; its tokens came 40 ms apart."""
-    record = RequestRecord(0, "c1", 0, "measure", 0.0, 0.0, 0.04, 0.2, (0.04, 0.08, 0.12, 0.16, 0.2), 8, 5, 5)
+def outcome_of(seconds: float = 1.0, **seen: Any) -> LoadRun:
+    """A load of `seconds` of which the client says `seen` about itself; its tokens came 40 ms apart."""
+    record = RequestRecord(0, "c1", 0, "measure", 0.0, 0.0, 0.04, seconds, (0.04, 0.08, 0.12, 0.16, 0.2), 8, 5, 5)
     return LoadRun((record,), 1, complete=True, started_at=0.0, **{"client_cpu_share": 0.1, **seen})
 
 
@@ -467,6 +467,7 @@ def beats(count: int, late: int, lag_ms: float) -> tuple[float, ...]:
     ("seen", "evidence"),
     [
         ({"client_cpu_share": 0.7}, None),
+        ({"client_cpu_share": 0.9, "seconds": 0.9}, None),
         ({"client_cpu_share": 0.71}, "the load client used 71% of a core"),
         ({"loop_lags_ms": beats(100, 20, 19.0)}, None),
         ({"loop_lags_ms": beats(100, 20, 21.0)}, r"one in ten by 21 ms or more \(limit 20 ms\)"),

@@ -202,6 +202,20 @@ def test_keys_that_do_not_fit_the_kind_are_refused(engine: dict[str, Any], told:
 
 
 @pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"api": "chat"}, "workload.client: vllm-bench sends token ids"),
+        ({"request": {"seed": 1}}, "engine.request: {'seed': 1} means nothing to workload.client vllm-bench"),
+        ({"exact_lengths": False}, "engine.exact_lengths: False means nothing to workload.client vllm-bench"),
+    ],
+)
+def test_a_client_that_makes_its_own_requests_takes_no_others(tmp_path: Path, more: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_study(study_of({**COMMAND, **more}, workload={"client": "vllm-bench"}), tmp_path)
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("lines", "kind", "evidence"),
     [
         (["│ No such option: --max-sekvens      │", "╰───────╯"], Kind.BAD_ARGUMENT, "No such option: --max-sekvens"),

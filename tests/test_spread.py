@@ -247,7 +247,8 @@ def test_a_client_process_imports_nothing_heavy() -> None:
 def test_a_busy_client_wants_so_many_processes_that_half_of_each_would_do(
     share: float, processes: int, wanted: int
 ) -> None:
-    assert processes_wanted(share, processes) == wanted
+    assert processes_wanted(share, processes, 1.0) == wanted
+    assert processes_wanted(share, processes, 0.9) == processes  # too short to tell
 
 
 @pytest.fixture
@@ -274,6 +275,7 @@ def test_a_load_that_leaves_its_client_no_cpu_is_sent_once_more_by_more_of_them(
 ) -> None:
     monkeypatch.setattr(trouble, "MAX_CPU_SHARE", 0.15)  # so that others on this machine may have their share
     monkeypatch.setattr(trouble, "MIN_LOOKS", ENDLESS)
+    monkeypatch.setattr(trouble, "MIN_BUSY_S", 0.0)
     workload = {"rounds": 2, "requests": 12, "concurrency": [4], "warmup_requests": 0}
     played = play(tmp_path, {"engine": {"args": {"speed": 0.3}}, "workload": workload})
     assert played.result.failure is None, played.result.failure
@@ -292,6 +294,7 @@ def test_a_load_that_leaves_its_client_no_cpu_is_sent_once_more_by_more_of_them(
 @pytest.mark.slow
 def test_a_load_whose_clients_are_still_too_busy_names_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trouble, "MAX_CPU_SHARE", 0.0001)
+    monkeypatch.setattr(trouble, "MIN_BUSY_S", 0.0)
     failure = play(tmp_path, {"workload": {"concurrency": [2], "requests": 4, "client_processes": 2}}).result.failure
     assert failure is not None
     assert (failure.kind, failure.blame, failure.stage) == (Kind.CLIENT_LIMITED, Blame.STUDY, Stage.LOAD)

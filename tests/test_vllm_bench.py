@@ -55,7 +55,7 @@ class SampleRequest:
 ANSWER_ALL = """
     t = time.perf_counter()
     n = len(requests)
-    save(args, start_times=[t + 1 + r.timestamp for r in requests], ttfts=[0.5] * n, errors=[""] * n,
+    save(args, duration=30.0, start_times=[t + 1 + r.timestamp for r in requests], ttfts=[0.5] * n, errors=[""] * n,
          itls=[[0.1] * (r.expected_output_len - 1) for r in requests], input_lens=[r.prompt_len for r in requests],
          output_lens=[r.expected_output_len for r in requests])
 """
@@ -155,7 +155,8 @@ def test_it_keeps_the_load_level(stand_in: Any, level: Level, dataset: str, conc
 
 FAILURES = """
     t = time.perf_counter()
-    save(args, start_times=[t] * 5, ttfts=[0.0, 0.1, 0.1, 0.0, 0.1], input_lens=[8] * 5, output_lens=[0, 0, 1, 0, 3],
+    save(args, duration=30.0, start_times=[t] * 5, ttfts=[0.0, 0.1, 0.1, 0.0, 0.1],
+         input_lens=[8] * 5, output_lens=[0, 0, 1, 0, 3],
          itls=[[], [0.1], [0.1, 0.1], [], [0.1, 0.1]],
          errors=["Bad Request", "Traceback...\\n  line\\naiohttp.ClientError: gone\\n", "", "", ""])
 """
@@ -173,6 +174,7 @@ def test_what_it_reports_as_zero_or_as_a_success_is_a_failed_record(stand_in: An
     ]
     assert outcome.records[0].ttft_ms is None
     assert outcome.records[3].tokens_out is None
+    assert [record.end_s for record in outcome.records] == pytest.approx([30, 30, 0.3, 30, 0.3])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from raytune_autotuner.load.workload import (
     generate,
     lengths,
     levels,
+    longest,
     parse_traffic,
     warmup_requests,
 )
@@ -81,6 +82,18 @@ def test_normal_lengths_are_at_least_one_token(mean: int, sd: int, seed: int) ->
 def test_lengths_are_told_without_the_prompts(traffic: str) -> None:
     workload = closed(traffic=traffic, prefix={"tokens": 7, "groups": 2}, requests=20)
     assert lengths(workload, C4) == [(len(request.prompt), request.tokens_out) for request in generate(workload, C4)]
+
+
+@pytest.mark.parametrize(("traffic", "known"), [("D(40,3)", 50), ("U(10,90)/(1,9)", 106), ("N(40,20)/(8,5)", None)])
+def test_no_load_or_restart_of_a_study_has_a_longer_request_than_the_longest(traffic: str, known: int | None) -> None:
+    workload = closed(traffic=traffic, prefix={"tokens": 7, "groups": 2}, requests=20, rounds=2, warmup_requests=30)
+    loads: list[tuple[int, Phase]] = [(0, "measure"), (1, "measure"), (0, "warmup")]
+    sent = [
+        len(request.prompt) + request.tokens_out
+        for offset, (number, phase) in itertools.product(range(4), loads)
+        for request in generate(workload, C4, number, phase, seed_offset=offset)
+    ]
+    assert sum(longest(workload, restarts=3)) == (known or max(sent)) >= max(sent)
 
 
 def test_normal_lengths_have_their_mean_and_spread() -> None:

@@ -20,6 +20,8 @@ from raytune_autotuner.study.failure import Blame, Kind
 
 MAX_CPU_SHARE = 0.7
 """Above this share of one core in use, tokens wait for the client: the measurement is not the engine's any more."""
+MIN_BUSY_S = 1.0
+"""A shorter load says nothing of the client's share of CPU: that is the one of opening connections."""
 MAX_LAG_SHARE = 0.5
 """Of the median gap between tokens: where one look at the sockets in ten comes later than that, the gaps and the times
 to a first token at p90 and above are made by the client."""
@@ -90,7 +92,7 @@ def find_trouble(
         return starved
     if (jumped := clock_trouble(clock_jump_s)) is not None:
         return jumped
-    if cpu_share > MAX_CPU_SHARE:
+    if _too_busy(cpu_share, max((record.end_s for record in records), default=0.0)):
         return _of_cpu(cpu_share, processes)
     return _of_lag(records, lags_ms)
 
@@ -150,6 +152,10 @@ def _long_away(lags_ms: np.ndarray, limit_ms: float) -> str:
     return f"it did not look for {away_s:.1f} s in all, {share:.0%} of the load (limit {MAX_AWAY_SHARE:.0%})"
 
 
+def _too_busy(cpu_share: float, duration_s: float) -> bool:
+    return cpu_share > MAX_CPU_SHARE and duration_s >= MIN_BUSY_S
+
+
 def _of_cpu(share: float, processes: int) -> Trouble:
     who = "the load client" if processes == 1 else f"the busiest of {processes} load clients"
     return Trouble(
@@ -160,12 +166,12 @@ def _of_cpu(share: float, processes: int) -> Trouble:
     )
 
 
-def processes_wanted(cpu_share: float, processes: int) -> int:
+def processes_wanted(cpu_share: float, processes: int, duration_s: float) -> int:
     """How many client processes a load wants, of whose `processes` the busiest used `cpu_share` of a core.
 
     Where they are too busy, so many that half of what each may use would do: a busy client hides how much more there
     was to be read.
     """
-    if cpu_share <= MAX_CPU_SHARE:
+    if not _too_busy(cpu_share, duration_s):
         return processes
     return math.ceil(2 * processes * cpu_share / MAX_CPU_SHARE)

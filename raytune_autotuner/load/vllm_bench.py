@@ -288,6 +288,7 @@ def _start(start_times: Sequence[float], requests: Sequence[Request]) -> float:
 def _record(result: Mapping[str, Any], index: int, request: Request, level: Level, start: float) -> RequestRecord:
     sent_s = result["start_times"][index] - start
     times_s = _token_times_s(result, index, sent_s)
+    failed_s = max(float(result["duration"]), sent_s)  # it does not tell when: by the load's end at the latest
     tokens_out = int(result["output_lens"][index])
     return RequestRecord(
         index=request.index,
@@ -297,7 +298,7 @@ def _record(result: Mapping[str, Any], index: int, request: Request, level: Leve
         scheduled_s=request.scheduled_s if level.open_loop else sent_s,
         sent_s=sent_s,
         first_token_s=times_s[0] if times_s else None,
-        end_s=times_s[-1] if times_s else sent_s,
+        end_s=times_s[-1] if times_s and not result["errors"][index] else failed_s,
         token_times_s=times_s,
         tokens_in=int(result["input_lens"][index]) if times_s else None,
         tokens_out=tokens_out if times_s else None,

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -193,11 +194,43 @@ def lengths(workload: Workload, level: Level) -> list[tuple[int, int]]:
     return _Draw(workload, level, 0, "measure", 0, VOCAB_SIZE).lengths()
 
 
-def arrivals_s(workload: Workload, level: Level) -> float:
+def longest(workload: Workload, restarts: int = 0) -> tuple[int, int]:
+    """Tokens of prompt and answer of the longest request that a study with so many restarts may send.
+
+    Normal lengths have no longest: it is that of all loads, warm-ups and restarts, which are drawn here. A prompt of
+    text counts as 0 tokens.
+    """
+    return max(_possible(workload, restarts), key=sum, default=(0, 0))
+
+
+def arrivals_s(workload: Workload, level: Level, phase: Phase = "measure") -> float:
     """Seconds from a load's start to its last arrival; 0 in closed loop, where requests come as there is room."""
+    count = workload.requests if phase == "measure" else warmup_requests(workload, level)
     if workload.trace is not None:
-        return read_trace(workload.trace, workload.requests)[-1].due_s
-    return workload.requests / level.rate_rps if level.rate_rps else 0.0
+        taken = read_trace(workload.trace, workload.requests)[:count]
+        return taken[-1].due_s if taken else 0.0
+    return count / level.rate_rps if level.rate_rps else 0.0
+
+
+def _possible(workload: Workload, restarts: int) -> Iterator[tuple[int, int]]:
+    if workload.trace is not None:
+        yield from ((line.tokens_in, line.tokens_out) for line in read_trace(workload.trace, workload.requests))
+    elif workload.dataset is not None:
+        yield from ((_known_tokens(line.prompt), line.tokens_out) for line in read_dataset(workload.dataset))
+    elif (traffic := parse_traffic(workload.traffic)).tokens_in.shape != "N":
+        yield _prefix_tokens(workload) + traffic.tokens_in.most, traffic.tokens_out.most
+    else:
+        loads: list[tuple[int, Phase]] = [(0, "warmup"), *((number, "measure") for number in range(workload.rounds))]
+        for level, (number, phase), offset in product(levels(workload), loads, range(restarts + 1)):
+            yield from _Draw(workload, level, number, phase, offset, VOCAB_SIZE).lengths()
+
+
+def _known_tokens(prompt: Prompt) -> int:
+    return 0 if isinstance(prompt, str) else len(prompt)
+
+
+def _prefix_tokens(workload: Workload) -> int:
+    return workload.prefix.tokens if workload.prefix else 0
 
 
 class _Draw:
@@ -225,8 +258,8 @@ class _Draw:
         if self._level.trace:
             return [(arrival.tokens_in, arrival.tokens_out) for arrival in self._taken()]
         if self._workload.dataset is not None:
-            return [(0 if isinstance(prompt, str) else len(prompt), out) for prompt, out, _ in self._sampled()]
-        prefix = self._workload.prefix.tokens if self._workload.prefix else 0
+            return [(_known_tokens(prompt), out) for prompt, out, _ in self._sampled()]
+        prefix = _prefix_tokens(self._workload)
         return [(prefix + own, out) for own, out in zip(*self._counts(), strict=True)]
 
     def _counts(self) -> tuple[list[int], list[int]]:

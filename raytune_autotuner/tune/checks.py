@@ -26,7 +26,7 @@ from raytune_autotuner.score.metrics import (
 )
 from raytune_autotuner.score.slo import MAX_LOAD, loads
 from raytune_autotuner.study.errors import ConfigError, shown
-from raytune_autotuner.study.study import Study
+from raytune_autotuner.study.study import EngineSpec, Study
 from raytune_autotuner.tune.load_checks import check_loads
 from raytune_autotuner.tune.samplers import MAX_GRID, grid_points, make_sampler
 from raytune_autotuner.tune.tell import in_order
@@ -204,7 +204,9 @@ def _check_attainment(study: Study) -> None:
 
 
 def _check_dialect(study: Study) -> None:
-    """Raise `ConfigError` for what only token ids on `/v1/completions` allow."""
+    """Raise `ConfigError` for what only token ids on `/v1/completions` allow, and what only our own client can say."""
+    if study.workload.client == "vllm-bench":
+        _check_usual_requests(study.engine)
     if study.engine.api == "completions":
         return
     if study.quality is not None:
@@ -217,6 +219,15 @@ def _check_dialect(study: Study) -> None:
         raise ConfigError(
             f"workload.dataset: {study.workload.dataset} holds token ids, but engine.api {study.engine.api} takes text."
         )
+
+
+def _check_usual_requests(engine: EngineSpec) -> None:
+    for key, value, usual in (("request", engine.request, {}), ("exact_lengths", engine.exact_lengths, True)):
+        if value != usual:
+            raise ConfigError(
+                f"engine.{key}: {shown(value)} means nothing to workload.client vllm-bench, which makes its own "
+                "requests.\nLeave it out, or take workload.client: builtin."
+            )
 
 
 def _hint(name: str, known: Iterable[str], meant: str | None = None) -> str:

@@ -59,8 +59,6 @@ PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
 DYING_S = 3.0
 MAX_BISECTIONS = 5
-MIN_WARMUP_S = 1.0
-"""A shorter warm-up says nothing of the client's share of CPU: that is the one of opening connections."""
 LAST_WORDS_S = 1.2
 """Before a trial may be ended: a load is heard twice a second, and its requests take some tenths of one to write."""
 CLOSE_ENOUGH = 1.05
@@ -262,8 +260,7 @@ class Evaluation:
                 self._moved(Stage.WARMUP, 0.0)
                 with self._timed("warmup"):
                     load = self._send(server, level, 0, "warmup", 0, 1)
-                    if load.duration_s >= MIN_WARMUP_S:
-                        self._takes_more_clients(load, level)
+                    self._takes_more_clients(load, level)
 
     def _loads(self, server: Server) -> Generator[Metrics, None, None]:
         """Every load level in every round; a scan for the highest load ends at the first level that misses an SLO."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from raytune_autotuner.load.workload import arrivals_s, lengths, levels
+from raytune_autotuner.load.workload import arrivals_s, lengths, levels, longest
 from raytune_autotuner.score.metrics import samples_needed
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study, Workload
@@ -29,7 +29,7 @@ def check_loads(study: Study) -> None:
     _check_in_flight(study.workload)
     for key, name in _rested_on(study):
         _check_samples(study.workload, loads, key, name)
-    _check_fit(study, loads)
+    _check_fit(study)
     _check_time(study)
 
 
@@ -81,13 +81,13 @@ def _too_few(load: Workload, requests: int, key: str, name: str, needed: int) ->
     )
 
 
-def _check_fit(study: Study, loads: Loads) -> None:
+def _check_fit(study: Study) -> None:
     """Raise `ConfigError` for a request that is longer than what the engine is told to take."""
     most = study.engine.args.get(_LENGTH)
-    if study.engine.kind not in _KNOWS_LENGTH or type(most) is not int or most < 1:
+    if study.engine.kind not in _KNOWS_LENGTH or type(most) is not int or most < 1 or _LENGTH in study.space.by_name:
         return
-    prompt, answer = max((request for load in loads.values() for request in load), key=sum, default=(0, 0))
-    if _LENGTH not in study.space.by_name and prompt + answer > most:
+    prompt, answer = longest(study.workload, study.verify.restarts if study.verify.top else 0)
+    if prompt + answer > most:
         raise ConfigError(
             f"engine.args.{_LENGTH}: {most} tokens do not hold the longest request of the workload, {prompt} of "
             f"prompt and {answer} of answer.\nRaise it to {prompt + answer} or more, or send shorter requests."
@@ -97,9 +97,10 @@ def _check_fit(study: Study, loads: Loads) -> None:
 def _check_time(study: Study) -> None:
     """Raise `ConfigError` where requests still arrive when the trial's time is up."""
     load, limit_s = study.workload, study.trial.timeout_s
-    needed_s = load.rounds * sum(arrivals_s(load, level) for level in levels(load))
+    needed_s = sum(arrivals_s(load, level, "warmup") + load.rounds * arrivals_s(load, level) for level in levels(load))
     if needed_s >= limit_s:
         raise ConfigError(
-            f"trial.timeout_s: {limit_s:g} s are too short: until the last request has arrived, the loads take "
-            f"{needed_s:,.0f} s.\nRaise it, with time for the engine's start to spare, or send fewer requests."
+            f"trial.timeout_s: {limit_s:g} s are too short: until the last request has arrived, the loads and their "
+            f"warm-ups take {needed_s:,.0f} s.\n"
+            "Raise it, with time for the engine's start to spare, or send fewer requests."
         )

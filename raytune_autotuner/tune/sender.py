@@ -77,7 +77,7 @@ class Sender:
         if workload.client != "builtin" or workload.client_processes != "auto":
             return False
         possible = min(len(os.sched_getaffinity(0)), most_processes(level, load.requests))
-        wanted = min(processes_wanted(load.client_cpu_share, load.processes), possible)
+        wanted = min(processes_wanted(load.client_cpu_share, load.processes, load.duration_s), possible)
         if wanted <= load.processes:
             return False
         self.processes = max(self.processes, wanted)
