@@ -121,6 +121,19 @@ def test_a_finalists_highest_load_is_refined_too_where_other_objectives_want_all
     assert "output_throughput_tok_s@c4" not in found.result.metrics
 
 
+def test_a_highest_load_that_cannot_be_refined_in_time_is_a_coarser_result(tmp_path: Path) -> None:
+    changes = {
+        "engine": {"args": {"speed": 0.1}},
+        "workload": {"concurrency": [1, 8], "requests": 16, "traffic": "D(8,4)", "warmup_requests": 0},
+        "objective": {"maximize": "max_load_under_slo", "slo": {"e2el_ms": {"mean": 400}}},
+    }
+    found = play(tmp_path, changes, {"max-num-seqs": 1}, restart=0, time_up=time.monotonic())
+    assert found.result.failure is None, found.result.failure
+    assert found.sent in (["c1", "c8"], ["c1"])  # on a machine that is too busy for the lowest load
+    log = (found.folder / "trial.log").read_text()
+    assert found.sent == ["c1"] or "not refined further: c4 may take" in log
+
+
 @pytest.mark.parametrize(
     ("held", "missed", "between"),
     [

@@ -61,6 +61,8 @@ DYING_S = 3.0
 MAX_BISECTIONS = 5
 LAST_WORDS_S = 1.2
 """Before a trial may be ended: a load is heard twice a second, and its requests take some tenths of one to write."""
+SPARE = 1.2
+"""Times what a load is expected to take, so much time must be left for one that a trial can do without."""
 CLOSE_ENOUGH = 1.05
 """Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
 _FINAL = r"HTTP 4(?!08|25|29)\d\d|answer cut short: no usage"
@@ -291,19 +293,33 @@ class Evaluation:
                 return
 
     def _refine(self, server: Server, ascending: Sequence[Level]) -> Generator[Metrics, None, None]:
-        """Between the last level that keeps the SLOs and the one above it, halve the step until it is small."""
+        """Between the last level that keeps the SLOs and the one above it, halve the step until it is small.
+
+        Or until there is no time for a further one: a coarser answer is a result, a trial that is ended is none.
+        """
         kept = len([*takewhile(self._measured.meets, ascending)])
         if not 0 < kept < len(ascending):
             return
         held, missed = ascending[kept - 1], ascending[kept]
         for _ in range(MAX_BISECTIONS):
             between = middle(held, missed)
-            if between is None:
+            if between is None or not self._has_time_for(between, held, missed):
                 return
             self._warm_up(server, [between])
             for number in range(self.study.workload.rounds):
                 yield self._round(server, between, number, 1, 1)
             held, missed = (between, missed) if self._measured.meets(between) else (held, between)
+
+    def _has_time_for(self, between: Level, held: Level, missed: Level) -> bool:
+        """Whether all loads at a level will end before the trial does, told from those of the levels on both sides."""
+        slower = held.load / between.load if between.open_loop else 1.0  # in closed loop it may be no faster at all
+        expected_s = SPARE * max(self._measured.seconds(held) * slower, self._measured.seconds(missed))
+        left_s = min(self.deadline, self.time_up) - time.monotonic() - LAST_WORDS_S
+        if expected_s < left_s:
+            return True
+        until = f"{between.label} may take {expected_s:.0f} s, and {max(left_s, 0.0):.0f} s are left"
+        self._log.write(self.stage, f"the highest load is not refined further: {until}")
+        return False
 
     def _round(self, server: Server, level: Level, number: int, done: int, of: int) -> Metrics:
         """One load: round `number` at `level`; `done` of `of` loads lie behind it."""

@@ -54,6 +54,11 @@ class Measured:
         """Whether a level that was measured keeps every SLO."""
         return slo.meets(self._of_level(level.label, measured(self.records)[level.label]), self._study.objective)
 
+    def seconds(self, level: Level) -> float:
+        """How long a level was under load so far, its warm-up included."""
+        sent = [record for record in self.records if record.level == level.label]
+        return sum(duration_s(record for record in sent if record.phase == phase) for phase in ("warmup", "measure"))
+
     def write(self, folder: Path, more: Sequence[RequestRecord] = ()) -> None:
         """Write the files of requests, `more` of which are still to be counted, and of samples; raises `OSError`."""
         write_records(folder / REQUESTS, [*self.records, *more])
