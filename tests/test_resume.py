@@ -116,9 +116,11 @@ def test_a_trial_that_failed_by_the_studys_fault_says_nothing_and_is_run_again(t
     own = replace(fault, kind=Kind.OUT_OF_MEMORY, blame=Blame.PARAMETERS)
     run.write_rows([_failed(0, fault), _failed(1, own), _failed(2, fault)])
     assert unfinished_run(study, tmp_path / "results") == run
+    run.add_suggestion(TrialRow(3, "t3", "", {}))  # the driver did not live to see its end
+    write_result(run.trial_dir(3, "t3"), TrialResult(failure=fault))
     states = [(row.state, row.result.failure, row.penalty) for row in kept_rows(run, study)]
     gone = (State.INTERRUPTED, None, None)
-    assert states == [gone, (State.FAILED, own, 1.5), gone]
+    assert states == [gone, (State.FAILED, own, 1.5), gone, gone]
 
 
 @pytest.mark.parametrize(
