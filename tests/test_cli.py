@@ -575,6 +575,14 @@ def test_a_log_that_is_none_is_diagnosed_without_a_guess(
     assert diagnosed(capsys, log, exit_code=1)["kind"] == "unknown"
 
 
+def test_a_standard_input_that_is_closed_is_said() -> None:
+    words = [sys.executable, "-m", "raytune_autotuner", "diagnose", "-"]
+    done = subprocess.run(words, preexec_fn=lambda: os.close(0), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "-: cannot be read: standard input is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_log_is_read_from_standard_input_too() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "raytune_autotuner", "diagnose", "-", "--exit-code", "1", "--json"],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from raytune_autotuner.engine.logfile import MAX_LINE_BYTES, LineSplitter, StampedLog, log_parts, read_log, stamp
 from raytune_autotuner.engine.reading import split_stamp
+from raytune_autotuner.study.masking import learn, mask
 
 
 def test_a_stamp_is_utc_with_milliseconds_and_the_stage() -> None:
@@ -38,6 +39,20 @@ def test_a_long_line_is_cut_and_says_by_how_much(chunk: int) -> None:
     for start in range(0, len(stream), chunk):
         found += splitter.feed(stream[start : start + chunk])
     assert found == ["a" * MAX_LINE_BYTES + f" [{MAX_LINE_BYTES * 2} bytes cut]", "next"]
+
+
+def test_a_secret_on_the_cut_of_a_long_line_is_masked_before_it() -> None:
+    learn(["SECRETVALUE1234567890"])
+    for before in range(MAX_LINE_BYTES - 30, MAX_LINE_BYTES + 1):
+        for after in (b"", b" more " * 5_000):
+            (line,) = LineSplitter().feed(b"a" * before + b" SECRETVALUE1234567890" + after + b"\n")
+            assert "SECRET" not in mask(line)
+            assert len(line) <= MAX_LINE_BYTES + 20
+    (line,) = LineSplitter().feed(
+        b"SECRETVALUE1234567890 " * 500 + b"a" * 9_470 + b"SECRETVALUE1234567890" * 500 + b"\n"
+    )
+    assert line.startswith("*** " * 500 + "a")
+    assert "SECRET" not in line
 
 
 def test_what_some_reader_takes_for_a_lines_end_is_not_one() -> None:

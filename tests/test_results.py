@@ -380,6 +380,13 @@ def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFo
         ("login with token=abcdef ok", "login with token=*** ok"),
         ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
         ("https://me:pw@host/x", "https://me:***@host/x"),
+        ("https://me@example.com:pw@proxy:3128 x@y", "https://me@example.com:***@proxy:3128 x@y"),
+        ("http://me:p@ss@host:80/x@y", "http://me:***@host:80/x@y"),
+        ('["http://me:pw@host","a@b"]', '["http://me:***@host","a@b"]'),
+        ("http://[::1]:8000/x@y", "http://[::1]:8000/x@y"),
+        ("Namespace(api_key=['a-1', 'd-2','e'], keys=['f'])", "Namespace(api_key=['***'], keys=['f'])"),
+        ("api_key=a-1, other=b", "api_key=***, other=b"),
+        ("my_model_HF_TOKEN_2=abc x-api-key: abc", "my_model_HF_TOKEN_2=*** x-api-key: ***"),
         ("TOKENIZERS_PARALLELISM=false", "TOKENIZERS_PARALLELISM=false"),
         ("max-num-batched-tokens: 256, eos_token_id=2", "max-num-batched-tokens: 256, eos_token_id=2"),
         ("bos_token: '<s>' unknown key: foo", "bos_token: '<s>' unknown key: foo"),
@@ -392,6 +399,25 @@ def test_secrets_are_masked_and_nothing_else(text: str, masked: str) -> None:
 def test_the_value_of_a_secret_variable_is_masked_wherever_it_stands() -> None:
     env = {"MY_TOKEN": "plain-looking", "HOME": "/home/someone", "SHORT_KEY": "1"}
     assert mask("in plain-looking text of /home/someone 1", env) == "in *** text of /home/someone 1"
+
+
+def test_each_line_of_a_secret_and_each_urls_password_is_one() -> None:
+    env = {
+        "TLS_KEY": "first-line-of-it\n  second-line\nlast\n",
+        "INDEXES": "http://u:passwordA@a/s http://u:passwordB@b/s",
+    }
+    said = mask("first-line-of-it, second-line, last, passwordA, passwordB", env)
+    assert said == "***, ***, last, ***, ***"
+
+
+RUNS = ("_", "A_", "KEY_", "my_", "a-", "a.a-", "-key", "eyJ-", "sk-", "a+", "a://", "a:b@", "KEY='")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_long_run_of_what_may_be_part_of_a_secrets_name_hides_none(run: str) -> None:
+    filler = run * (100_000 // len(run))  # a search that tried each start against each end would take minutes
+    said = mask(f"key {filler} HF_TOKEN=abcdef", env={})
+    assert "abcdef" not in said
 
 
 @pytest.mark.parametrize("form", [str, json.dumps, repr, shlex.quote, quote], ids=lambda form: form.__name__)

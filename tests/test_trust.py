@@ -108,6 +108,18 @@ def test_a_secret_that_the_process_list_would_show_is_refused_and_not_repeated(n
     assert not exposes("long-prefill-token-threshold", 4)
 
 
+@pytest.mark.parametrize(
+    "word", ["--api-key=x1y2z3", "--hf-token=x1y2z3", "HF_TOKEN=x1y2z3", "--proxy=http://u:x1y2z3@h"]
+)
+def test_a_secret_in_a_word_of_the_command_is_refused_too(word: str) -> None:
+    engine = {"kind": "command", "command": ["server", "--port", "{port}", "--key-file=/x", "HF_TOKEN=$TOKEN", word]}
+    with pytest.raises(ConfigError, match=r"engine\.command: holds a secret") as refused:
+        parse_study({**BASE, "engine": engine})
+    assert "x1y2z3" not in str(refused.value)
+    engine["command"] = engine["command"][:-1]
+    assert parse_study({**BASE, "engine": engine}).engine.kind == "command"
+
+
 def test_a_secret_is_no_parameter() -> None:
     with pytest.raises(ConfigError, match="a secret is no parameter"):
         parse_study(searched("env:HF_TOKEN", "a"))

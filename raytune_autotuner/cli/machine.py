@@ -20,8 +20,8 @@ def _add_diagnose(diagnose: argparse.ArgumentParser) -> None:
 def _diagnose(arguments: argparse.Namespace) -> int:
     from raytune_autotuner.engine.reading import diagnose
 
-    source = sys.stdin.fileno() if str(arguments.log) == "-" else arguments.log
     try:
+        source = _stdin() if str(arguments.log) == "-" else arguments.log
         with open(source, encoding="utf-8", errors="replace", closefd=source is arguments.log) as lines:
             diagnosis = diagnose(lines, exit_code=arguments.exit_code)
     except OSError as error:
@@ -39,6 +39,12 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(f"{name:<9} {value or '-'}" for name, value in found.items()))
     return OK
+
+
+def _stdin() -> int:
+    if sys.stdin is None:  # as Python has it where the descriptor is closed
+        raise OSError("standard input is closed")
+    return sys.stdin.fileno()
 
 
 def _add_clean(clean: argparse.ArgumentParser) -> None:

@@ -22,6 +22,9 @@ from raytune_autotuner.study.masking import mask
 
 _FIGURES_READ = "GET /metrics"
 MAX_LINE_BYTES = 16_384
+_MARGIN = 4_096
+"""Bytes of a longer line that are kept until it is masked: half a secret is not known any more."""
+_KEPT = MAX_LINE_BYTES + _MARGIN
 PARTIAL_LINE_S = 1.0
 """After so long a line that has begun is written though it has not ended."""
 _CHUNK = 65_536
@@ -46,8 +49,8 @@ class LineSplitter:
         """The lines that `data` completes."""
         *whole, self._partial = _BREAKS.split(self._partial + data)
         lines = [self._text(line) for line in whole if line.strip()]
-        self._cut += max(len(self._partial) - MAX_LINE_BYTES, 0)
-        self._partial = self._partial[:MAX_LINE_BYTES]
+        self._cut += max(len(self._partial) - _KEPT, 0)
+        self._partial = self._partial[:_KEPT]
         return lines
 
     def flush(self) -> list[str]:
@@ -56,8 +59,17 @@ class LineSplitter:
 
     def _text(self, line: bytes) -> str:
         cut, self._cut = self._cut + max(len(line) - MAX_LINE_BYTES, 0), 0
-        text = _CONTROL.sub("\ufffd", line[:MAX_LINE_BYTES].decode(errors="replace"))
+        text = _CONTROL.sub("\ufffd", _shortened(line[:_KEPT]).decode(errors="replace"))
         return f"{text} [{cut} bytes cut]" if cut else text
+
+
+def _shortened(line: bytes) -> bytes:
+    """What is kept of a line, masked before it is cut; its end, which may be half a secret, goes in any case."""
+    beyond = len(line) - MAX_LINE_BYTES
+    if beyond <= 0:
+        return line
+    masked = mask(line.decode(errors="replace")).encode()
+    return masked[: min(max(len(masked) - beyond, 0), MAX_LINE_BYTES)]
 
 
 def stamp(epoch_s: float, stage: str) -> str:

@@ -23,18 +23,19 @@ _HINT = re.compile(r"hf_|sk-|gh[pousr]_|github_|eyJ|AKIA|://|(?i:token|key|secre
 """Nearly every line has none of these, and is passed on as it is."""
 _LOOKS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{10,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
-    r"|eyJ[\w-]{8,}\.[\w.-]+|AKIA[0-9A-Z]{12,})\b"
+    r"|eyJ[\w-]{8,2000}+\.[\w.-]+|AKIA[0-9A-Z]{12,})\b"
 )
 _BEARER = re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}")
-_IN_URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:)([^/\s@]+)(@)")
+_IN_URL = re.compile(r"""(://[^/\s:]*:)([^/\s@]+(?:@[^/\s@"',]+)*)(@)""")  # user and password may hold @
 _VALUE = r"""(?!"\$\w+")(?:"[^"]*"|'[^']*'|[^\s,;'"}\])]+)"""  # "$NAME" is no secret
 # NAME_TOKEN=..., "HF_TOKEN": "...", api_key='...', --api-key ..., '--hf-token', '...'
+# Only the end of a name tells: what may stand before it would be tried at each of its letters, in time of their square.
 _NAME = (
-    r"(?:[A-Z0-9]+_)*(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:_[A-Z0-9]+)*"
-    r"|(?:\w+[_-])?(?:api[_-]?key|(?:hf|auth|access|api|bearer|refresh)[_-]token|access[_-]key|secret|passw(?:or)?d)"
+    r"(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:_[A-Z0-9]+){0,8}+"
+    r"|api[_-]?key|(?:hf|auth|access|api|bearer|refresh)[_-]token|access[_-]key|secret|passw(?:or)?d"
     r"""|(?<!\w)token(?=["']?\s*=|["']\s*:)"""
 )
-_NAMED = re.compile(rf"""(?<![A-Za-z0-9])((?:{_NAME})["']?\s*[=:]\s*\[?){_VALUE}""")
+_NAMED = re.compile(rf"""(?<![A-Za-z0-9])((?:{_NAME})["']?\s*[=:]\s*(?P<list>\[)?){_VALUE}(?(list)(?:,\s*{_VALUE})*)""")
 _FLAG = re.compile(rf"""(?<![\w-])(--?[\w-]*(?:token|key|secret|password)(?:["'],\s*|\s+)){_VALUE}""")
 _SECRET_FLAG = re.compile(r"--?[\w-]*(?:token|key|secret|password)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
@@ -56,14 +57,13 @@ def is_secret(name: str) -> bool:
     return not _SEGMENTS.isdisjoint(re.split(r"[_\-:. ]", name.upper()))
 
 
-def url_password(text: str) -> str | None:
-    """The password in a URL of `text`; None where there is none, or a masked one.
+def url_passwords(text: str) -> set[str]:
+    """The passwords in the URLs of `text`, masked ones left out.
 
-    >>> url_password("https://me:pw@host/x")
-    'pw'
+    >>> url_passwords("https://me:pw@host/x")
+    {'pw'}
     """
-    found = _IN_URL.search(text)
-    return None if found is None or found[2] == MASK else found[2]
+    return {found[2] for found in _IN_URL.finditer(text)} - {MASK}
 
 
 def looks_secret(text: str) -> bool:
@@ -72,13 +72,12 @@ def looks_secret(text: str) -> bool:
     >>> looks_secret("hf_0123456789abcdef"), looks_secret("hf_overrides")
     (True, False)
     """
-    return _LOOKS.search(text) is not None or url_password(text) is not None
+    return _LOOKS.search(text) is not None or bool(url_passwords(text))
 
 
 def secrets_in(env: Mapping[str, str]) -> set[str]:
     """What is secret in an environment: the values of secret variables, and passwords in URLs."""
-    passwords = {url_password(value) for value in env.values() if "://" in value}
-    return {value for name, value in env.items() if is_secret(name)} | {one for one in passwords if one}
+    return {value for name, value in env.items() if is_secret(name)}.union(*map(url_passwords, env.values()))
 
 
 def learn(secrets: Iterable[str]) -> None:
@@ -112,8 +111,9 @@ def _known() -> re.Pattern[str] | None:
 
 @cache
 def _pattern(secrets: frozenset[str]) -> re.Pattern[str] | None:
-    """Finds each of `secrets`, also as JSON, a URL or a shell writes it; the longest first."""
-    forms = {form for secret in secrets if len(secret) >= _MIN_SECRET for form in _forms(secret)}
+    """Finds each of `secrets` and of their lines, also as JSON, a URL or a shell writes it; the longest first."""
+    parts = {part for secret in secrets for part in (secret, *map(str.strip, secret.splitlines()))}
+    forms = {form for part in parts if len(part) >= _MIN_SECRET for form in _forms(part)}
     return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True)))) if forms else None
 
 

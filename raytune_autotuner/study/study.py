@@ -41,6 +41,8 @@ _TRAFFIC = re.compile(
 _ENGINES_OF_OURS = {"vllm", "simulated"}
 """Kinds that name no program."""
 _STATISTIC = re.compile(r"mean|p\d+")
+_ASSIGNED = re.compile(r"-{0,2}(?P<name>[\w.-]+)=(?!\$)(?P<value>.*)", re.DOTALL)
+"""A word that gives a flag or a variable its value; one that a shell would look up is no value."""
 PLACEHOLDER = re.compile(r"\{([A-Za-z][\w.-]*)\}")
 """A name in braces in `engine.command`, in whose place a value goes."""
 ALWAYS_KNOWN = ("model", "host", "port", "python")
@@ -605,6 +607,8 @@ class Study(_Model):
         yield from ((f"engine.args.{name}", name, value) for name, value in self.engine.args.items())
         yield from ((f"engine.env.{name}", f"env:{name}", value) for name, value in self.engine.env.items())
         yield from (("engine.command", flag.lstrip("-"), word) for flag, word in pairwise(("", *self.engine.command)))
+        assigned = filter(None, map(_ASSIGNED.fullmatch, self.engine.command))
+        yield from (("engine.command", found["name"], found["value"]) for found in assigned)
         for parameter in self.space.parameters:
             yield from ((f"search_space.{parameter.name}", parameter.name, value) for value in parameter.bounds)
 
