@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.s3_server import S3Server
 
 ROOT = Path(__file__).parent.parent
+
+# An example takes longer on a machine that others use, too.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 def _missing(marker: str) -> str | None:

@@ -90,8 +90,8 @@ class Lengths:
 
     @property
     def most(self) -> int:
-        """The longest that is to be expected: of a normal distribution, one in thirty thousand is longer."""
-        return {"D": self.a, "N": self.a + 4 * self.b, "U": self.b}[self.shape]
+        """The longest that is to be expected: of a normal distribution, one in three million is longer."""
+        return {"D": self.a, "N": self.a + 5 * self.b, "U": self.b}[self.shape]
 
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
         """`count` token counts, at least 1 each."""
