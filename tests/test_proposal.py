@@ -190,7 +190,7 @@ def test_an_unseen_model_gets_a_useful_study_that_says_what_was_not_seen(tmp_pat
 def test_a_model_that_does_not_fit_and_traffic_that_is_too_long_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'org/name' does not fit on .*: weights 87\.\d GiB do not fit in 24\.0 GiB"):
         proposed(tmp_path, model(MIXTRAL), ONE_GPU)
-    with pytest.raises(ConfigError, match=r"--traffic: its longest requests have 9,000 tokens.* takes 8,192"):
+    with pytest.raises(ConfigError, match=r"--traffic: its longest requests have 9,600 tokens.* takes 8,192"):
         proposed(tmp_path, model(SMOLLM), LAPTOP, traffic="N(6000,500)/(600,100)")
 
 
