@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -308,6 +310,21 @@ def test_a_study_of_a_server_that_runs_is_refused_and_so_is_a_server_that_is_not
     server.close()
     assert main(["bench", str(write_study(tmp_path, engine=engine))]) == 2
     assert "engine.base_url: nothing answers at" in capsys.readouterr().err
+
+
+def test_a_port_that_speaks_another_protocol_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        engine = {"kind": "running", "base_url": f"http://127.0.0.1:{listening.getsockname()[1]}"}
+        threading.Thread(target=_greet, args=[listening]).start()
+        with pytest.raises(ConfigError, match=r"is no HTTP server: .*SSH"):
+            make_engine(study_of(engine)).preflight()
+
+
+def _greet(listening: socket.socket) -> None:
+    connection, _ = listening.accept()
+    with connection:
+        connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+        connection.recv(1000)
 
 
 # How a server is asked, and what its stream may look like

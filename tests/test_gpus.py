@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from raytune_autotuner.engine.contract import Launch
-from raytune_autotuner.engine.gpus import TOLERANCE_MIB, EnergyMeter
+from raytune_autotuner.engine.gpus import TOLERANCE_MIB, EnergyMeter, gpus_here
 from raytune_autotuner.engine.processes import FileLock, make_mark, sweep
 from raytune_autotuner.engine.reading import VLLM_RULES
 from raytune_autotuner.engine.server import EngineServer
@@ -432,3 +432,14 @@ def test_what_the_gpus_of_this_machine_cannot_hold_is_refused(machine: Machine, 
     assert alone[0] == "out-of-memory"
     assert "80" in alone[1]
     assert shared is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "names"),
+    [("", []), ("-1", []), ("0, 1", ["0", "1"]), ("2,-1,3", ["2"]), (" GPU-a ,", ["GPU-a"])],
+)
+def test_the_gpus_of_this_process_are_read_as_cuda_reads_them(
+    variable: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert gpus_here() == names

@@ -131,6 +131,10 @@ def test_nothing_is_reckoned_for_a_shape_that_is_not_known(change: dict[str, Any
     assert (need.weights, need.kv_cache, need.activations) == (0, 0, 0)
 
 
+def test_a_head_of_no_size_has_no_kv_cache_that_is_known() -> None:
+    assert memory.kv_bytes_per_token(LLAMA | {"hidden_size": 7}) is None
+
+
 def test_a_quantisation_that_is_not_known_has_no_size() -> None:
     assert memory.counted_weights(LLAMA | {"quantization_config": {"quant_method": "strange"}}) is None
 
@@ -305,3 +309,24 @@ def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pyt
 def test_a_mixture_of_experts_is_known_by_its_counts(config: dict[str, Any]) -> None:
     assert memory.mixes_experts(config)
     assert not memory.mixes_experts({"num_experts": 0, "num_experts_per_tok": 1, "num_local_experts": None})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": 5},
+        {"sliding_window": "x"},
+        {"num_experts": [8]},
+        {"n_routed_experts": "many"},
+        {"num_experts": 8, "decoder_sparse_step": "x"},
+        {"text_config": LLAMA | {"head_dim": "x"}},
+        {"num_hidden_layers": "x"},
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_type_in_a_config_are_no_trouble(change: dict[str, Any]) -> None:
+    config = LLAMA | change
+    stored = memory.stored_weights(config, [memory.Tensor("model.layers.1.w", "BF16", 10, 20)])
+    setting = {"max-model-len": 4096, "max-num-seqs": 64, "max-num-batched-tokens": 64}
+    for weights in (stored, memory.counted_weights(config)):
+        assert memory.demand(config, weights, setting).weights <= 17 * memory.GIB

@@ -171,3 +171,31 @@ def test_two_studies_at_once_make_the_bundled_model_once(cache: Path) -> None:
     config = models.model_config(Path(told[0]))
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
     assert not list((cache / "models").glob(".smollm2-135m-instruct-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "path"),
+    [
+        ("vllm", "a/b/c", "{here}/a/b/c"),
+        ("vllm", "s3://bucket/llama", None),
+        ("simulated", "org/name", None),
+        ("command", "hf.co/bartowski/Llama-GGUF", None),
+        ("command", "s3://bucket/llama", None),
+        ("command", "there/x.gguf", "{here}/there/x.gguf"),
+        ("running", "accounts/acme/models/llama", None),
+        ("running", "there/x.gguf", None),
+    ],
+)
+def test_only_what_a_kind_of_engine_takes_for_a_path_is_made_one(
+    kind: str, model: str, path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x.gguf").touch()
+    assert models.absolute(model, kind) == (path.format(here=tmp_path) if path else model)
+
+
+def test_names_too_long_for_a_file_system_are_no_trouble() -> None:
+    models.check("a/" + "b" * 300)
+    with pytest.raises(ConfigError, match="File name too long"):
+        models.check("/" + "b" * 300)

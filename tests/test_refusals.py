@@ -13,15 +13,18 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_autotuner.engine.flags import environment as environment_of
 from raytune_autotuner.engine.processes import Process
 from raytune_autotuner.engine.reading import VLLM_RULES
 from raytune_autotuner.engine.refusal import refusal
 from raytune_autotuner.engine.simulated.engine import SimulatedEngine
+from raytune_autotuner.engine.vllm import VllmEngine
 from raytune_autotuner.engine.vllm_checker import VllmChecker
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.failure import Blame, Kind, Stage
@@ -64,6 +67,8 @@ STAND_IN = {
                     os._exit(7)
                 if act == "hang":
                     time.sleep(600)
+                if act == "need" and "NEEDED" not in os.environ:
+                    raise ValueError("NEEDED is not set")
                 if act.startswith("raise "):
                     raise ValueError(act.removeprefix("raise "))
                 os.environ.setdefault("LEFT_BEHIND", act)
@@ -321,3 +326,29 @@ def test_the_simulated_engine_refuses_with_the_words_of_its_log() -> None:
     assert foreseen is not None
     assert (logged.stage, logged.kind, logged.remedy) == (foreseen.stage, foreseen.kind, foreseen.remedy)
     assert foreseen.evidence.partition(": ")[2] in logged.evidence
+
+
+def test_what_vllm_said_under_other_variables_is_not_taken_for_its_word(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Path(environment["PYTHONPATH"], "vllm-0.dist-info", "METADATA")
+    known.parent.mkdir()
+    known.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0\n")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    python = tmp_path / "python"  # of its own, as what is installed is asked once for each
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for variables, told in ({"NEEDED": "1"}, None), ({}, "NEEDED is not set"):
+        engine = {"kind": "vllm", "python": str(python), "args": {"act": "need"}, "env": variables, "trust_code": True}
+        study = {"study": "s", "model": "org/x", "engine": engine, "search_space": {"max-num-seqs": {"int": [1, 4]}}}
+        with closing(VllmEngine(parse_study(study))) as vllm, _refused(told):
+            vllm.preflight()
+
+
+def _refused(told: str | None) -> AbstractContextManager[object]:
+    return nullcontext() if told is None else pytest.raises(ConfigError, match=told)
+
+
+def test_a_variable_without_a_value_is_left_out() -> None:
+    assert environment_of({"env:A": None, "env:B": 2.0, "seed": 1}) == {"B": "2"}

@@ -191,6 +191,13 @@ def test_a_constraint_that_some_values_cannot_be_put_into_is_found_before_the_se
     space(first="a < 3 or b == 'x'").check_expressions({})
 
 
+def test_a_number_in_a_range_may_be_written_without_a_point() -> None:
+    (parameter,) = parse_space({"a": {"float": ["1e-3", 1], "step": "1e-3"}}).parameters
+    assert parameter.distribution == Range("float", 0.001, 1, 0.001)
+    with pytest.raises(ConfigError, match="'1e2' is not an integer"):
+        parse_space({"a": {"int": [1, "1e2"]}})
+
+
 @settings(deadline=None)
 @given(JSON)
 def test_a_value_on_the_command_line_is_one_text(value: Any) -> None:

@@ -143,3 +143,10 @@ def test_the_installed_vllm_knows_every_flag_and_value_of_the_shipped_spaces(tmp
         answer = checker.examine({"model": str(tmp_path), "args": [], "candidates": given})
     assert answer["unknown"] == {}
     assert answer["rejected"] == []
+
+
+def test_a_condition_on_what_is_left_out_for_its_own_condition_is_left_out_too(tmp_path: Path) -> None:
+    chain = {"c": "bool", "b": {"bool": True, "when": "c"}, "a": {"bool": True, "when": "b"}}
+    path = own_space(tmp_path, search_space=chain, constraints=["not a or b"])
+    study = load(tmp_path, space=path, search_space={"c": None, "z": "bool"})
+    assert (list(study.space.by_name), study.constraints) == (["z"], ())

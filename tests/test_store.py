@@ -94,6 +94,13 @@ def test_what_is_no_uri_is_a_folder(text: str) -> None:
     assert place(text) == Path(text)
 
 
+def test_a_folder_in_ones_home_may_be_written_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert place("~/runs", in_study=True) == Path("/home/someone/runs")
+    with pytest.raises(ConfigError, match="no such home folder"):
+        place("~no-such-user/runs")
+
+
 @pytest.mark.parametrize(
     "uri",
     [

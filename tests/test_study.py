@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytune_autotuner.engine import models
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.file import load_study, parse_study
 from raytune_autotuner.study.plain import dump_yaml, parse_yaml
@@ -274,3 +275,55 @@ def test_a_study_that_is_written_down_is_read_as_the_same(
 @pytest.mark.parametrize("text", ["\x85", "a\x85b", "\u2028", "a\r\nb", "\ufeff", " a ", "no", "1e3", "ä\t"])
 def test_a_text_is_read_as_it_was_written(text: str) -> None:
     assert parse_yaml(dump_yaml({"a": [text]}), "a file")[0] == {"a": [text]}
+
+
+@pytest.mark.parametrize(
+    ("written", "distribution", "value"),
+    [
+        (2, {"choice": [1, 2, 4]}, 2),
+        (8, {"choice": [1, 2, 4]}, 8),
+        ("2", {"choice": ["2", 2]}, "2"),
+        (True, {"choice": [True, "auto"]}, True),
+        ("null", {"choice": [None, "auto"]}, "null"),
+        ("007", {"choice": [7, 8]}, "007"),
+        (3, {"int": [1, 8]}, 3),
+        (3, {"float": [1, 8]}, 3.0),
+        ("auto", {"int": [1, 8]}, "auto"),
+    ],
+)
+def test_a_fixed_variable_that_is_searched_too_has_a_value_of_the_space(
+    written: Any, distribution: Any, value: Any
+) -> None:
+    engine = {"trust_code": True, "env": {"X": written, "Y": 2}}
+    study = parse_study({**MINIMAL, "engine": engine, "search_space": {"env:X": distribution}})
+    fixed = study.fixed
+    assert fixed == {"env:X": value, "env:Y": "2"}
+    assert type(fixed["env:X"]) is type(value)
+
+
+def test_a_constraint_may_compute_with_a_fixed_variable_that_is_searched_too() -> None:
+    space = {"env:X": {"choice": [1, 2, 4]}}
+    engine = {"trust_code": True, "env": {"X": 2}}
+    parse_study({**MINIMAL, "engine": engine, "search_space": space, "constraints": ["env:X * 2 <= 8"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: ~no-such-user/x", "no such home folder"),
+        ("model: a/b\nengine: {python: ~no-such-user/bin/python}", "engine.python: .*no such home folder"),
+        ("model: a/b\nworkload: {dataset: ~no-such-user/x, concurrency: 1}", "workload.dataset: .*no such home folder"),
+        ("model: a/b\nspace: ~no-such-user/x", "space: .*no such home folder"),
+        (f"model: a/b\nspace: {'x' * 300}", "neither a file nor shipped"),
+        ("model: a/b\nspace: vllm-cpu\nconstraints: 5", "constraints: should be a valid tuple, but got 5"),
+        ("model: a/b\nspace: vllm-cpu\nconstraints: a < 4", "constraints: should be a valid tuple, but got 'a < 4'"),
+        ("model: a/b\nsearch_space: {f: {float: [0, 1], step: 1.0e-320}}", "makes more than 1e.15 values"),
+        ("model: a/b\nengine: {kind: running, base_url: 'http://h:80a0'}", "engine.base_url: Port could not be"),
+        ("model: a/b\nengine: {kind: running, base_url: 'http://[::1'}", "engine.base_url: Invalid IPv6 URL"),
+    ],
+)
+def test_bad_input_is_refused_in_words(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(f"study: s\n{text}\n")
+    with pytest.raises(ConfigError, match=told):
+        models.check(load_study(path).model)

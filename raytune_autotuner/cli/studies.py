@@ -182,7 +182,7 @@ def _load_study(file: Path, overrides: Sequence[str]) -> Study:
     from raytune_autotuner.study.file import load_study
 
     study = load_study(file, overrides)
-    return study.model_copy(update={"model": models.absolute(study.model)})
+    return study.model_copy(update={"model": models.absolute(study.model, study.engine.kind)})
 
 
 def _results(arguments: argparse.Namespace, study: Study) -> Path | Store:

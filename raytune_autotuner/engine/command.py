@@ -110,8 +110,7 @@ class CommandEngine:
     def _model(self) -> str:
         if self._study.model.startswith(models.PREFIX):
             return models.resolve(self._study.model, self._python)
-        path = Path(self._study.model).expanduser()
-        return str(path.absolute()) if path.exists() else self._study.model
+        return models.absolute(self._study.model, kind="command")
 
     @cached_property
     def _versions(self) -> dict[str, str]:

@@ -67,5 +67,6 @@ def arguments(setting: Mapping[str, Any]) -> list[str]:
 
 
 def environment(setting: Mapping[str, Any]) -> dict[str, str]:
-    """The environment variables of a setting."""
-    return {name.removeprefix(_VARIABLE): format_value(v) for name, v in setting.items() if not is_flag(name)}
+    """The environment variables of a setting; one that is None is not set, as such a flag is left out."""
+    variables = {name: value for name, value in setting.items() if not is_flag(name) and value is not None}
+    return {name.removeprefix(_VARIABLE): format_value(value) for name, value in variables.items()}

@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,9 +26,10 @@ _LIBRARY = "libnvidia-ml.so.1"
 
 
 def gpus_here() -> list[str]:
-    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes."""
+    """The GPUs that this process may use, by the names that `CUDA_VISIBLE_DEVICES` takes; as to CUDA, -1 ends them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+        names = (name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        return [name for name in takewhile(lambda name: not name.startswith("-"), names) if name]
     return [str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 

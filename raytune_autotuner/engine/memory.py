@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from raytune_autotuner.study.failure import Blame, Failure, Kind, Stage
 
 GIB = 2**30
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
+_Nothing = TypeVar("_Nothing")
 
 IN_FORCE = (
     "max-model-len",
@@ -117,6 +121,23 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
 
+def _understood_or(nothing: _Nothing) -> Callable[[Callable[_P, _Result]], Callable[_P, _Result | _Nothing]]:
+    """`nothing` as the result where a `config.json` holds values of another form than is known here."""
+
+    def decorate(function: Callable[_P, _Result]) -> Callable[_P, _Result | _Nothing]:
+        @wraps(function)
+        def tried(*args: _P.args, **kwargs: _P.kwargs) -> _Result | _Nothing:
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError, ArithmeticError):
+                return nothing
+
+        return tried
+
+    return decorate
+
+
+@_understood_or(Weights(0))
 def stored_weights(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> Weights:
     """What an engine must load of the tensors of a model's files."""
     text = text_config(config)
@@ -132,6 +153,7 @@ def stored_weights(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> Weig
     return Weights(floats, stored)
 
 
+@_understood_or(None)
 def counted_weights(config: Mapping[str, Any]) -> Weights | None:
     """The weights as counted from the shape alone; None for a family or a quantisation that is not known here."""
     text, bits = _decoder(config), _bits(config)
@@ -146,14 +168,16 @@ def counted_weights(config: Mapping[str, Any]) -> Weights | None:
     return Weights(embeddings + small, matrices * bits // 8)
 
 
+@_understood_or(None)
 def kv_bytes_per_token(config: Mapping[str, Any], value_bytes: float = 2, tensor_parallel: int = 1) -> float | None:
     """Of all layers together, on one of the devices that share the heads; None where the shape is not known here."""
     text = _decoder(config)
     if text is None:
         return None
-    return int(text["num_hidden_layers"]) * _kv_values_per_layer(text, tensor_parallel) * value_bytes
+    return int(text["num_hidden_layers"]) * _kv_values_per_layer(text, tensor_parallel) * value_bytes or None
 
 
+@_understood_or(Demand(0, 0, 0))
 def demand(config: Mapping[str, Any], weights: Weights | None, setting: Mapping[str, Any]) -> Demand:
     """The least that one device must hold under `setting`: all of its flags, with the values in force over them."""
     if any(_BEYOND.search(name) for name, value in setting.items() if value and value not in _PLAIN_LOADS):

@@ -26,6 +26,7 @@ from typing import Any
 
 from raytune_autotuner.engine.memory import Tensor
 from raytune_autotuner.study.errors import AutotunerError, ConfigError, shown
+from raytune_autotuner.study.paths import expanded
 
 PREFIX = "bundled:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -66,7 +67,7 @@ def check(model: str) -> None:
     if model.startswith(PREFIX):
         _bundled(model)
     elif _is_folder(model):
-        model_config(Path(model).expanduser())
+        model_config(_path(model))
         if served_name(model).startswith("-"):
             raise ConfigError(f"model: the folder's name in {shown(model)} would be a flag to the engine; rename it.")
     elif not _HUB_ID.fullmatch(model):
@@ -86,12 +87,18 @@ def resolve(model: str, python: str | Path | None = None) -> str:
     check(model)
     if model.startswith(PREFIX):
         return str(_make_ready(model.removeprefix(PREFIX), str(python or sys.executable)))
-    return str(Path(model).expanduser().resolve()) if _is_folder(model) else model
+    return str(_path(model).resolve()) if _is_folder(model) else model
 
 
-def absolute(model: str) -> str:
-    """`model` as it means the same from every folder: trials run in folders of their own."""
-    return str(Path(model).expanduser().absolute()) if _is_folder(model) else model
+def absolute(model: str, kind: str = "vllm") -> str:
+    """`model` as it means the same from every folder to this kind of engine: trials run in folders of their own.
+
+    Of a command a path is what exists, as it may want names of any form; a server that runs knows names only.
+    """
+    if kind == "running":
+        return model
+    is_path = os.path.exists(_path(model)) if kind == "command" else _is_folder(model)
+    return str(_path(model).absolute()) if is_path else model
 
 
 def served_name(model: str) -> str:
@@ -102,15 +109,15 @@ def served_name(model: str) -> str:
     """
     if model.startswith(PREFIX):
         return model.removeprefix(PREFIX)
-    return Path(model).expanduser().resolve().name if _is_folder(model) else model
+    return _path(model).resolve().name if _is_folder(model) else model
 
 
 def model_config(folder: Path) -> dict[str, Any]:
     """The model's `config.json`: `max_position_embeddings`, `num_attention_heads` and so on."""
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise ConfigError(f"model: {folder}: no such folder.{_neighbours(folder)}")
     try:
+        if not folder.is_dir():
+            raise ConfigError(f"model: {folder}: no such folder.{_neighbours(folder)}")
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"model: {folder} has no config.json in it; is it the folder of a model?") from error
@@ -205,15 +212,25 @@ def main(arguments: Sequence[str] = sys.argv[1:]) -> int:
 
 def _is_folder(model: str) -> bool:
     """Whether `model` means a folder: it exists, is written like a path, or is a folder's name with a slip in it."""
-    path = Path(model).expanduser()
+    if "://" in model:
+        return False
+    path = _path(model)
     written_so = model.startswith((".", "/", "~")) or model.count("/") > 1
-    return written_so or path.exists() or bool(_HUB_ID.fullmatch(model) and _alike(path, cutoff=0.9))
+    # Unlike `Path.exists`, this has an answer for names that are too long and in folders that cannot be read.
+    return written_so or os.path.exists(path) or bool(_HUB_ID.fullmatch(model) and _alike(path, cutoff=0.9))
+
+
+def _path(model: str) -> Path:
+    return expanded("model", model)
 
 
 def _alike(path: Path, cutoff: float) -> list[str]:
-    if not path.parent.is_dir() or path.parent == Path():
+    if path.parent == Path():
         return []
-    folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    try:
+        folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
     return difflib.get_close_matches(path.name, folders, n=1, cutoff=cutoff)
 
 

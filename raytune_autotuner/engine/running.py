@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from functools import cached_property
+from http.client import HTTPException
 from typing import Any, NoReturn
 
 from raytune_autotuner.engine.contract import Rank
@@ -142,10 +143,13 @@ def _get(url: str, required: bool = False) -> Any:
             return json.loads(answer.read(_MAX_BYTES))
     except urllib.error.HTTPError:
         return None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         if not required:
             return None
         why = getattr(error, "reason", error)
-        raise ConfigError(f"engine.base_url: nothing answers at {url}: {why}. Is the server up?") from error
+        found = f"what answers at {url} is no HTTP server" if isinstance(error, HTTPException) else None
+        raise ConfigError(
+            f"engine.base_url: {found or f'nothing answers at {url}'}: {shown(str(why))}. Is the server up?"
+        ) from error
     except ValueError:
         return None

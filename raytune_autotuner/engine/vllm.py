@@ -38,6 +38,7 @@ from raytune_autotuner.engine.vllm_checker import PROBE, Verdict, VllmChecker
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.failure import Failure, Kind
 from raytune_autotuner.study.masking import assignment
+from raytune_autotuner.study.paths import expanded
 from raytune_autotuner.study.space import Params
 from raytune_autotuner.study.study import Study
 
@@ -274,7 +275,7 @@ class VllmEngine:
 
     def _check_memory(self) -> None:
         """Raise `ConfigError` where the weights of a local model alone are more than all of the machine's memory."""
-        folder = Path(self._study.model).expanduser()
+        folder = expanded("model", self._study.model)
         # Weights can be made smaller while they are loaded, or lie on GPUs.
         if self.uses_gpus or "quantization" in {*self._study.fixed, *self._study.space.by_name} or not folder.is_dir():
             return
@@ -321,7 +322,7 @@ class VllmEngine:
                 "args": [_given(name, value) for name, value in {**self._study.engine.args, **self._span}.items()],
                 "candidates": [_given(p.name, value) for p in self._study.space.parameters for value in p.bounds],
             }
-            kept = _cache_file(question, self._packages, self._python)
+            kept = _cache_file([question, self._packages, self._python, PROBE, self._config, self._surroundings()])
             if kept.is_file():
                 self._answer = json.loads(kept.read_text())
             else:
@@ -334,13 +335,19 @@ class VllmEngine:
                 scratch.replace(kept)
         return self._answer
 
+    def _surroundings(self) -> dict[str, str]:
+        """The variables, this process's own among them, that vLLM's answers may depend on."""
+        searched = self._study.space.by_name
+        own = {name: v for name, v in os.environ.items() if name.startswith("VLLM_") or f"env:{name}" in searched}
+        return {**own, **self._environment({})}
+
 
 def _given(name: str, value: Any) -> list[Any]:
     return [name, value, flag(name, value) if is_flag(name) else []]
 
 
-def _cache_file(question: dict[str, Any], packages: dict[str, str], python: str) -> Path:
-    key = json.dumps([question, packages, python, PROBE], sort_keys=True, default=str)
+def _cache_file(depends_on: list[Any]) -> Path:
+    key = json.dumps(depends_on, sort_keys=True, default=str)
     return models.cache_root() / "probe" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 

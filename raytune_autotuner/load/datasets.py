@@ -126,11 +126,11 @@ def _is_token_id(value: Any) -> bool:
 
 def _lines(key: str, path: Path) -> Iterator[_Line]:
     """The lines that are not empty; a file without any is refused."""
-    if not path.is_file():
-        problem = "is no file of JSON lines" if path.exists() else "no such file"
-        raise ConfigError(f"{key}: {path}: {problem}; name a file with one JSON object a line.")
     empty = True
     try:
+        if not path.is_file():
+            problem = "is no file of JSON lines" if path.exists() else "no such file"
+            raise ConfigError(f"{key}: {path}: {problem}; name a file with one JSON object a line.")
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
                 if text.strip():

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.masking import is_secret, mask
+from raytune_autotuner.study.paths import expanded
 
 SCHEMES = ("s3", "gs", "file")
 PROBE = ".raytune_autotuner"
@@ -140,7 +141,7 @@ def place(text: str, in_study: bool = False) -> Path | Store:
     if not rest.startswith("//"):
         if rest and scheme in SCHEMES:
             raise ConfigError(f"results {shown(text)}: write it as {_example(scheme)}.")
-        return Path(text)
+        return expanded("results", text)
     if scheme not in SCHEMES:
         raise ConfigError(f"results {scheme}://...: takes a folder, or a URI of {', '.join(SCHEMES)}.")
     parts = urlsplit(text)

@@ -64,7 +64,7 @@ class Expression:
     _evaluate: _Evaluator
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true for `values`; also true where one of its names has no value.
+        """Whether it is true for `values`; also where one of its names has no value, but not where it divides by 0.
 
         Raises `ConfigError` where the values cannot be compared, such as a string with a number.
         """
@@ -72,7 +72,9 @@ class Expression:
             return bool(self._evaluate(values))
         except MissingName:
             return True
-        except (TypeError, ArithmeticError) as error:
+        except ArithmeticError:
+            return False
+        except TypeError as error:
             given = {name: values[name] for name in sorted(self.names) if name in values}
             raise ConfigError(f"`{self.text:.100}` cannot be evaluated for {shown(given)}: {error}.") from error
 

@@ -23,6 +23,8 @@ Params: TypeAlias = Mapping[str, Any]
 
 _MAX_DESCRIBED = 20
 _KINDS = ("int", "float", "choice", "bool")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+_MAX_NUMBER_CHARACTERS = 40
 _NAME = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9_.-]+)?")
 MAX_BOUND = 10**15
 """Of a range: whole numbers up to it are exact as floats too, which is what samplers compute with."""
@@ -86,6 +88,11 @@ class Range:
         steps = (value - self.low) / self.step if self.step else 0.0
         return math.isclose(steps, round(steps), abs_tol=1e-9)
 
+    def meant(self, text: str) -> Any:
+        """The number that `text`, the value of an environment variable, stands for."""
+        number = _number_or_text(text)
+        return float(number) if self.type == "float" and isinstance(number, int) else number
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -106,6 +113,13 @@ class Choice:
     def contains(self, value: Any) -> bool:
         """Whether `value` may be suggested (`1` is not `true`)."""
         return any(_key(value) == _key(known) for known in self.values)
+
+    def meant(self, text: str) -> Any:
+        """The value that `text`, the value of an environment variable, stands for; a number among numbers."""
+        if text in self.values:
+            return text
+        read = _number_or_text(text) if self.ordered else text
+        return next((v for v in self.values if v is not None and (v == read or format_value(v) == text)), read)
 
 
 @dataclass(frozen=True)
@@ -297,13 +311,15 @@ def _range(where: str, kind: Any, raw: Mapping[str, Any]) -> Range:
     bounds = raw[kind]
     if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
         raise ConfigError(f"{where}: {kind} takes [low, high], but got {shown(bounds)}.")
+    step, log = raw.get("step"), raw.get("log", False)
+    if kind == "float":  # YAML 1.1 reads 1e-3, without a point, as text
+        bounds, step = [_number_or_text(bound) for bound in bounds], _number_or_text(step)
     wanted = "an integer" if kind == "int" else "a number"
     for bound in bounds:
         wrong = isinstance(bound, bool) or not isinstance(bound, int if kind == "int" else (int, float))
         if wrong or not -MAX_BOUND <= bound <= MAX_BOUND:
             raise ConfigError(f"{where}: {shown(bound)} is not {wanted} of at most {MAX_BOUND:g}.")
     low, high = bounds
-    step, log = raw.get("step"), raw.get("log", False)
     if low > high:
         raise ConfigError(f"{where}: `low <= high` must hold, but got (low={low}, high={high}).")
     if not isinstance(log, bool):
@@ -314,7 +330,17 @@ def _range(where: str, kind: Any, raw: Mapping[str, Any]) -> Range:
         numeric = isinstance(step, int if kind == "int" else (int, float)) and not isinstance(step, bool)
         if not numeric or not 0 < step <= MAX_BOUND or log:
             raise ConfigError(f"{where}: step is a number above 0 and not together with log, but got {shown(step)}.")
+        if (high - low) / step > MAX_BOUND:
+            raise ConfigError(f"{where}: step {step} makes more than {MAX_BOUND:g} values; write a larger one.")
     return Range(kind, low, high, step, log)
+
+
+def _number_or_text(value: Any) -> Any:
+    """The number that a text is written as; `value` itself where it is no text, or one such as `007` or `fast`."""
+    if not isinstance(value, str) or len(value) > _MAX_NUMBER_CHARACTERS or not _NUMBER.fullmatch(value):
+        return value
+    number = int(value) if value.removeprefix("-").isdecimal() else float(value)
+    return number if math.isfinite(number) else value
 
 
 def _typed(distribution: Range, bound: float) -> float:

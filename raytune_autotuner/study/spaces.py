@@ -5,6 +5,7 @@ In: a study as plain values, with `space: NAME`. Out: the same study, written ou
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.expressions import parse_expression
+from raytune_autotuner.study.paths import expanded
 
 KEY = "space"
 """The key of a study file that names a space."""
@@ -72,10 +74,19 @@ def written_out(raw: Mapping[str, Any], load: Callable[[Path], Any]) -> dict[str
     fixed = _fixed(study.get("engine"))
     space = {name: value for name, value in {**parameters, **own}.items() if value is not None}
     space = {name: value for name, value in space.items() if name in own or name not in fixed}
-    known = fixed | set(space)
-    space = {name: value for name, value in space.items() if name in own or _stands(_condition(value), known)}
+    space = _standing(space, own, fixed)
+    more = study.get("constraints") or []
+    if not isinstance(more, list):
+        return {**study, "search_space": space}  # which the study's own check refuses
     kept = [text for text in constraints if _stands(text, fixed | set(space))]
-    return {**study, "search_space": space, "constraints": [*kept, *(study.get("constraints") or ())]}
+    return {**study, "search_space": space, "constraints": [*kept, *more]}
+
+
+def _standing(space: Mapping[str, Any], own: Mapping[str, Any], fixed: set[str]) -> dict[str, Any]:
+    """`space` without parameters, but the study's `own`, whose conditions name what is not there: one takes others."""
+    known = fixed | set(space)
+    left = {name: value for name, value in space.items() if name in own or _stands(_condition(value), known)}
+    return left if len(left) == len(space) else _standing(left, own, fixed)
 
 
 def _path(name: Any) -> Path:
@@ -83,8 +94,8 @@ def _path(name: Any) -> Path:
         raise ConfigError(f"{KEY}: takes a name or a file, but got {shown(name)}; shipped: {', '.join(shipped())}.")
     if name in shipped():
         return FOLDER / f"{name}.yaml"
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = expanded(KEY, name)
+    if not os.path.isfile(path):  # which unlike `Path.is_file` has an answer for names that are too long
         raise ConfigError(f"{KEY}: {shown(name)} is neither a file nor shipped; shipped: {', '.join(shipped())}.")
     return path
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -27,6 +29,7 @@ from pydantic import (
 
 from raytune_autotuner.study.errors import ConfigError, shown
 from raytune_autotuner.study.masking import is_secret, secrets_in
+from raytune_autotuner.study.paths import expanded
 from raytune_autotuner.study.space import SCHEMA, Params, SearchSpace, check_name, parse_space
 from raytune_autotuner.study.trust import danger, exposes
 
@@ -182,7 +185,14 @@ class EngineSpec(_Model):
     @classmethod
     def _in_full(cls, value: Path | None) -> Path | None:
         # Trials run in folders of their own; a bare name is looked for on the path.
-        return value.expanduser().absolute() if value is not None and len(value.parts) > 1 else value
+        return expanded("engine.python", value).absolute() if value is not None and len(value.parts) > 1 else value
+
+    @field_validator("base_url")
+    @classmethod
+    def _can_be_asked(cls, value: str | None) -> str | None:
+        if value is not None:
+            _ = urlsplit(value).port  # raises `ValueError` for what is no port, and no address in brackets
+        return value
 
     @field_validator("command", "version", mode="before")
     @classmethod
@@ -279,9 +289,9 @@ class Workload(_Model):
 
     @field_validator("dataset", "trace")
     @classmethod
-    def _in_full(cls, value: Path | None) -> Path | None:
+    def _in_full(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         # Trials run in folders of their own.
-        return value.expanduser().absolute() if value is not None else None
+        return expanded(f"workload.{info.field_name}", value).absolute() if value is not None else None
 
     @model_validator(mode="after")
     def _one_traffic(self) -> Workload:
@@ -634,8 +644,14 @@ class Study(_Model):
 
     @property
     def fixed(self) -> Params:
-        """The fixed arguments and environment, under the names that parameters have."""
-        return {**self.engine.args, **{f"env:{name}": value for name, value in self.engine.env.items()}}
+        """The fixed arguments and environment, under the names that parameters have.
+
+        Variables are text, but those that are parameters too have the values that these have: `2`, not `"2"`.
+        """
+        variables: dict[str, Any] = {f"env:{name}": text for name, text in self.engine.env.items()}
+        for name in variables.keys() & self.space.by_name.keys():
+            variables[name] = self.space.by_name[name].distribution.meant(variables[name])
+        return {**self.engine.args, **variables}
 
     @property
     def files(self) -> dict[str, Path]:

@@ -252,9 +252,9 @@ def _check_space(study: Study) -> None:
 def _check_writable(results: Path) -> None:
     """Try it, and leave nothing: permissions alone do not tell of read-only and special file systems."""
     folder = results.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
         with tempfile.TemporaryDirectory(dir=folder, prefix=".autotuner-"):
             return
     except OSError as error:

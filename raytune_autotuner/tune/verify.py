@@ -49,7 +49,7 @@ def study_to_verify(
     study = only_setting(load_study(folder.study_file, [*overrides, *own]), claim.params)
     changes = {
         "study": _name(study.study),
-        "model": models.absolute(study.model),
+        "model": models.absolute(study.model, study.engine.kind),
         "engine": _with_secrets(study.engine),
     }
     study = study.model_copy(update=changes)
