@@ -75,8 +75,20 @@ class Expression:
         except ArithmeticError:
             return False
         except TypeError as error:
-            given = {name: values[name] for name in sorted(self.names) if name in values}
-            raise ConfigError(f"`{self.text:.100}` cannot be evaluated for {shown(given)}: {error}.") from error
+            raise self._unfit(values, error) from error
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` where it cannot be evaluated for `values`, as for a division by 0."""
+        try:
+            self._evaluate(values)
+        except MissingName:
+            return
+        except (TypeError, ArithmeticError) as error:
+            raise self._unfit(values, error) from error
+
+    def _unfit(self, values: Mapping[str, Any], error: Exception) -> ConfigError:
+        given = {name: values[name] for name in sorted(self.names) if name in values}
+        return ConfigError(f"`{self.text:.100}` cannot be evaluated for {shown(given)}: {error}.")
 
 
 def parse_expression(text: str) -> Expression:

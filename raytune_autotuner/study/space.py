@@ -179,7 +179,7 @@ class SearchSpace:
                 )
             for values in itertools.islice(self._samples(expression, fixed), _MAX_TRIED):
                 try:
-                    expression.holds(values)
+                    expression.check(values)
                 except ConfigError as error:
                     raise ConfigError(f"{where}: {error}") from error
 
