@@ -498,6 +498,38 @@ def test_a_shared_memory_that_is_too_small_is_not_the_parameters_fault() -> None
     assert _failure(START, exit_code=-7).blame is Blame.ENVIRONMENT
 
 
+TRITON = [
+    "ERROR 11-22 01:28:01 [config.py:36] Failed to import Triton kernels. Please make sure your triton version is "
+    "compatible. Error: No module named 'triton_kernels.routing'"
+]
+OPTIONAL = ["Traceback (most recent call last):", '  File "x"', "ModuleNotFoundError: No module named 'flash_attn'"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [*START, *TRITON],
+        [*START, *OPTIONAL, "warning: falling back", "INFO: going on"],
+        [*OPTIONAL, *START],  # the start goes on, though in lines of other processes
+        [*START, *_logged("EngineCore", *OPTIONAL), START[2].replace("Worker_TP0", "EngineCore")],
+    ],
+)
+def test_a_server_that_went_on_after_an_error_did_not_end_of_it(lines: list[str]) -> None:
+    for rules in (VLLM_RULES, ANY_RULES):
+        failure = diagnose(lines, exit_code=-9, rules=rules).failure
+        assert failure is not None
+        assert failure.evidence.startswith("ended by SIGKILL")
+        assert (failure.kind, failure.blame) == (Kind.OUT_OF_MEMORY, Blame.PARAMETERS)
+        assert diagnose(lines, exit_code=-15, rules=rules, ended_by_us=True).failure is None
+
+
+def test_an_error_after_which_its_process_said_no_more_counts_though_the_server_was_killed_then() -> None:
+    oom = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    worker = _logged("Worker_TP0", "Traceback (most recent call last):", '  File "x"', "    raise", oom)
+    for after in ([], START[1:2]):
+        assert _failure([*START, *worker, *after], exit_code=-9).evidence == oom
+
+
 @pytest.mark.parametrize("exit_code", [None, 0, -15, 143, -2, 130])
 def test_an_engine_that_was_asked_to_stop_has_not_failed(exit_code: int | None) -> None:
     assert diagnose(SERVED, exit_code=exit_code) == Diagnosis(Stage.LOAD, None)
@@ -594,11 +626,102 @@ def test_of_several_starts_in_one_log_the_last_counts() -> None:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["vllm-1  | ", "2026-11-23T01:00:00.123456789Z stderr F ", "Nov 23 01:00:00 node7 vllm[123]: ", "\x1b[1;36m"],
+    [
+        "vllm-1  | ",
+        "2026-11-23T01:00:00.123456789Z stderr F ",
+        "2026-11-23T01:00:00.123456789+01:00 ",
+        "Nov 23 01:00:00 node7 vllm[123]: ",
+        "\x1b[1;36m",
+    ],
 )
 def test_the_prefixes_of_other_collectors_do_no_harm(prefix: str) -> None:
     lines = [prefix + line for line in _start_that_failed_with("RuntimeError: CUDA error: out of memory")]
     assert _failure(lines).kind is Kind.OUT_OF_MEMORY
+    uncaught = _uncaught("OSError: the disk is odd")
+    assert _failure([prefix + line for line in uncaught]).evidence == "OSError: the disk is odd"
+
+
+OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def test_what_libraries_print_after_a_traceback_is_none_of_it() -> None:
+    warning = "[rank0]:[W1123 00:31:22.102 ProcessGroupNCCL.cpp:1479] Warning: destroy_process_group() was not called"
+    for line in (warning, warning.removeprefix("[rank0]:")):
+        failure = _failure([*_uncaught("RuntimeError: the mask is odd"), line])
+        assert (failure.kind, failure.evidence) == (Kind.UNKNOWN, "RuntimeError: the mask is odd")
+    ranked = [START[0], *(f"[rank0]: {line}" for line in _uncaught("RuntimeError: the mask is odd")[1:]), warning]
+    assert _failure(ranked).evidence == "RuntimeError: the mask is odd"
+
+
+@pytest.mark.parametrize("prefix", ["", "(Worker pid=7) ERROR 11-23 01:00:00 [x.py:9] "])
+def test_the_exceptions_of_a_group_are_read(prefix: str) -> None:
+    group = [
+        "  + Exception Group Traceback (most recent call last):",
+        '  |   File "a.py", line 1, in f',
+        "  | ExceptionGroup: unhandled errors in a TaskGroup (2 sub-exceptions)",
+        "  +-+---------------- 1 ----------------",
+        "    | ValueError: a | b",
+        "    +---------------- 2 ----------------",
+        "    | Traceback (most recent call last):",
+        '    |   File "b.py", line 2, in g',
+        "    |     | boom()",
+        f"    | {OOM}",
+        "    +------------------------------------",
+        "plain text",
+    ]
+    assert _failure([START[0], *(prefix + line for line in group)]).evidence == OOM
+    without = [line for line in group if OOM not in line and "boom" not in line and "b.py" not in line]
+    assert _failure([START[0], *(prefix + line for line in without)]).evidence == "ValueError: a | b"
+
+
+@pytest.mark.parametrize(("last", "kind"), [("SystemExit: 1", Kind.OUT_OF_MEMORY), ("KeyboardInterrupt", None)])
+def test_an_exit_because_of_an_error_is_no_stop_on_purpose(last: str, kind: Kind | None) -> None:
+    again = ("", "During handling of the above exception, another exception occurred:", "")
+    lines = _uncaught(OOM, *again, "Traceback (most recent call last):", '  File "x.py"', last)
+    failure = diagnose(lines, exit_code=0).failure
+    assert (failure and failure.kind) == kind
+
+
+def test_a_connection_that_was_lost_counts_where_no_error_says_why() -> None:
+    trace = ("Traceback (most recent call last):", '  File "x"')
+    nccl = "torch.distributed.DistBackendError: NCCL error in: x.cpp:1, remote process exited or network error"
+    died = _logged("EngineCore", "Worker proc VllmWorker-1 died unexpectedly (exit code: 1), shutting down executor.")
+    one, two = _logged("Worker_TP1", *trace, nccl), _logged("Worker_TP0", *trace, OOM)
+    assert _failure([*START, *one, *two, *died]).evidence == OOM
+    assert _failure([*START, *one, *died]).evidence == nccl
+
+
+def test_requests_that_a_starting_server_makes_are_not_its_own() -> None:
+    head = '"HEAD /m/x/resolve/main/config.json HTTP/1.1" 200 0'
+    for line in (
+        f"DEBUG:urllib3.connectionpool:https://hub:443 {head}",
+        f"DEBUG 11-22 01:28:01 [connectionpool.py:544] {head}",
+    ):
+        assert diagnose([START[0], line]).stage is Stage.CONFIGURATION
+
+
+def test_a_second_start_that_did_not_take_its_arguments_is_one() -> None:
+    failing = _start_that_failed_with("RuntimeError: CUDA error: out of memory")
+    failure = _failure(
+        [*failing, "usage: vllm [options]", "vllm serve: error: unrecognized arguments: --x"], exit_code=2
+    )
+    assert (failure.stage, failure.kind) == (Stage.ARGUMENTS, Kind.BAD_ARGUMENT)
+    assert diagnose([*failing, "usage: x", "vllm serve: error: argument --x: no"]).stage is Stage.ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 8080", Kind.PORT_IN_USE),
+        ("2026/11/23 00:31:22 listen tcp 127.0.0.1:8000: bind: address already in use", Kind.PORT_IN_USE),
+        ("ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 9437184000", Kind.OUT_OF_MEMORY),
+        ("llama_model_load: error loading model: unable to allocate Metal buffer", Kind.OUT_OF_MEMORY),
+    ],
+)
+def test_what_servers_in_other_languages_say_is_known(line: str, kind: Kind) -> None:
+    failure = diagnose([line, "main: exiting due to an error"], exit_code=1, rules=ANY_RULES).failure
+    assert failure is not None
+    assert (failure.kind, failure.evidence) == (kind, line)
 
 
 @pytest.mark.parametrize(

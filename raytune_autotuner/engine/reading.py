@@ -126,10 +126,12 @@ _ANSI = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"
 _CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 _FOREIGN = (
     r"\A(?:[\w.-]+ +\| )?"  # docker compose
-    r"(?:\[?\d{4}-\d\d-\d\d[T ][\d:.,]+(?:Z|[+-]\d\d:?\d\d)?(?: [A-Z]+\d+)*\]? +(?:std(?:out|err) [FP] )?"  # ISO time
+    r"(?:\[?\d{4}-\d\d-\d\d[T ][\d:.,]+(?:Z|[+-]\d\d:?\d\d)?(?: [A-Z]+\d+)*\]?"  # ISO time
+    r"(?: |$)(?:std(?:out|err) [FP] )?"  # no more than one space: a line of a traceback is indented
     r"|[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \S+ [^\s:]+: )?"  # journal
 )
 _SOURCE = r"\((\w[\w-]*)(?: [^()]*)?pid=(\d+)[^()]*\) ?"
+_RANK = r"\A\[rank\d+\]: "  # torch's, in front of each line of a traceback
 _LEVEL = r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)? \[?[\w./-]+:\d+\](?: |$)|: +)"
 
 
@@ -150,7 +152,7 @@ def _parse(line: str) -> _Line:
     text = re.sub(_ANSI, "", line) if "\x1b" in line else line
     text = re.sub(_FOREIGN, "", text, count=1)
     source = re.match(_SOURCE, text)
-    text = text if source is None else text[source.end() :]
+    text = re.sub(_RANK, "", text if source is None else text[source.end() :])
     level = re.match(_LEVEL, text)
     text = text if level is None else text[level.end() :]
     return _Line("" if source is None else f"{source[1]} {source[2]}", "" if level is None else level[1], text)
@@ -170,6 +172,14 @@ def _clean(text: str) -> str:
 # --- errors ---
 
 _BEGIN = "Traceback (most recent call last):"
+_GROUP = f"Exception Group {_BEGIN}"
+_MARGIN = r"\A +\|(?: |$)"
+_RULER = r" *\+[-+]{8,}+(?P<next> \d+ -)?"
+"""Between the exceptions of a group, and after the last."""
+_OTHERS = r"(?:\[rank\d+\]:)?\[[IWEF]\d{4} |usage: "
+"""How lines begin that are no part of a message before them: those of torch's C++ parts, of the next start."""
+_GAVE_UP = r"^SystemExit: (?!0$|1[2-5]\d$)"
+"""An exit because of what came before it in the chain; that of a stop on purpose has no code, 0 or a signal's."""
 _LINKS = ("The above exception was the direct cause", "During handling of the above exception")
 _MESSAGE_LINES = 8
 _FRAMES = 200
@@ -195,6 +205,10 @@ class _Error:
     """The lines of each exception of the chain, the first cause first."""
     frames: deque[str] = field(default_factory=lambda: deque(maxlen=_FRAMES))
     part: _Part = _Part.FRAMES
+    grouped: bool = False
+    """Whether it holds a group of exceptions, drawn with a margin."""
+    survived: bool = False
+    """Whether the server went on after it."""
 
     @classmethod
     def alone(cls, line: _Line, at: Stage) -> _Error:
@@ -203,6 +217,13 @@ class _Error:
 
     def take(self, text: str) -> bool:
         """Take the next line of the same process; False where the error ended before it."""
+        self.grouped = self.grouped or text.endswith(_GROUP)
+        if self.grouped and (ruler := re.match(_RULER, text)):
+            self.part = _Part.FRAMES if ruler["next"] else _Part.GAP
+            return True
+        return self._take(re.sub(_MARGIN, "", text, count=1) if self.grouped else text)
+
+    def _take(self, text: str) -> bool:
         if self.part is _Part.FRAMES:
             return self._take_frame(text)
         if text.endswith(_BEGIN):
@@ -226,14 +247,22 @@ class _Error:
     def _take_message(self, text: str) -> bool:
         if self.part is not _Part.MESSAGE or len(self.messages[-1]) >= _MESSAGE_LINES:
             return False
+        if re.match(_OTHERS, text):
+            return False
         self.messages[-1].append(text)
         return True
 
+    @property
+    def causes(self) -> list[list[str]]:
+        """Its messages, without that of an exit that another one led to."""
+        return [message for message in self.messages if not re.search(_GAVE_UP, message[0])] or self.messages
+
     def proofs(self) -> Iterator[str]:
         """Lines that may prove the cause, the most telling first: the last exception's, then those it came from."""
-        for message in reversed(self.messages):
+        causes = self.causes
+        for message in reversed(causes):
             yield self._telling(message)
-        for message in reversed(self.messages):
+        for message in reversed(causes):
             yield from message[1:]
 
     def _telling(self, message: list[str]) -> str:
@@ -260,7 +289,7 @@ def _complaint(first: str, *rest: str) -> str:
 
 _NOTABLE = (
     *("rror", "raceback", "xception", "ERROR", "CRITICAL", "died", "ail", "hut", "SIG", "nterrupt", "xit", "erminat"),
-    *("fault", "non-default", "not found", "named", "o such", "nvalid", "ot defined"),
+    *("fault", "bind", "non-default", "not found", "named", "o such", "nvalid", "ot defined"),
 )
 """What lines have that tell of an error, a stop or a fresh start; the others are skipped at little cost."""
 
@@ -273,6 +302,8 @@ def _is_notable(line: str) -> bool:
 
 
 _SERIOUS = ("", "WARNING", "ERROR", "CRITICAL")
+_ORDINARY = ("DEBUG", "INFO")
+_ENDS = (Kind.WORKER_LOST, Kind.ENGINE_DIED, Kind.HUNG)
 
 
 class _Story:
@@ -291,6 +322,7 @@ class _Story:
         self.fatal = self.stopping = False
         self._open: dict[str, _Error] = {}
         self._before: dict[str, str] = {}
+        self._watched: list[_Error] = []
 
     def read(self, line: str) -> None:
         """Take the next line."""
@@ -301,12 +333,14 @@ class _Story:
         self.reader.feed(line)
         if self.reader.stage is not before and before.order < Stage.READY.order <= self.reader.stage.order:
             self.errors.clear()  # it came up in spite of them
-        if self._open or _is_notable(line):
-            self._note(_parse(line))
+        advanced = self.reader.stage is not before
+        if self._open or _is_notable(line) or (self._watched and (advanced or "INFO" in line or "DEBUG" in line)):
+            self._note(_parse(line), advanced)
 
-    def _note(self, line: _Line) -> None:
+    def _note(self, line: _Line, advanced: bool) -> None:
         if not self._continues(line):
             self._mark(line)
+            self._outlive(line, advanced)
             self._begin(line)
         if line.text:
             self._before[line.source] = line.text
@@ -326,17 +360,29 @@ class _Story:
         """Note what the line says of the server as a whole."""
         if re.search(self.rules.launch, line.text) and (self.fatal or self.stopping or self.errors):
             self._restart()
+            self.last = line.text
         elif re.search(self.rules.shutdown, line.text):
             self.stopping = True
         elif line.level in _SERIOUS and not self.stopping and re.search(self.rules.fatal, line.text):
             self.fatal = True
+
+    def _outlive(self, line: _Line, advanced: bool) -> None:
+        """Note which errors their process, or the start as a whole, has gone on after."""
+        if self.stopping:
+            return
+        for error in self._watched:
+            said_more = line.level in _ORDINARY and line.source == error.line.source
+            error.survived = error.part is not _Part.FRAMES and (advanced or said_more)
+        self._watched = [error for error in self._watched if not error.survived]
 
     def _begin(self, line: _Line) -> None:
         """Begin an error where the line does."""
         if self.stopping or line.level not in _SERIOUS:
             return
         if line.text.endswith(_BEGIN):
-            self._open[line.source] = error = _Error(line, self.reader.stage, harmless=self._survived(line))
+            error = _Error(line, self.reader.stage, harmless=self._is_harmless(line))
+            error.grouped = line.text.endswith(_GROUP)
+            self._open[line.source] = error
             self._keep(error)
         elif re.search(f"{self.rules.lone}|{self.rules.fatal}", line.text):
             self._keep(_Error.alone(line, self.reader.stage))
@@ -346,9 +392,10 @@ class _Story:
     def _keep(self, error: _Error) -> None:
         if not error.harmless:
             self.errors.append(error)
+            self._watched = [*self._watched, error][-self._KEPT :]
 
-    def _survived(self, line: _Line) -> bool:
-        """Whether the server lives on after this error, as after one of a single request."""
+    def _is_harmless(self, line: _Line) -> bool:
+        """Whether such an error never ends the server, as one of a single request."""
         if re.search(self.rules.harmless, self._before.get(line.source, "")):
             return True
         return self.reader.serving and line.source.startswith("APIServer")
@@ -356,6 +403,8 @@ class _Story:
     def failure(self, exit_code: int | None, ended_by_us: bool) -> Failure | None:
         """The failure that the log and the exit code show, or None."""
         errors = [error for error in self.errors if error.messages and not self._is_stop(error)]
+        if not self.fatal and (ended_by_us or _signal(exit_code) is not None):
+            errors = [error for error in errors if not error.survived]  # of which the end is none
         if not self._failed(errors, exit_code, ended_by_us):
             return None
         if errors:
@@ -366,7 +415,7 @@ class _Story:
         return self._failure(_UNKNOWN, words or f"exit code {exit_code}, and nothing in the log")
 
     def _is_stop(self, error: _Error) -> bool:
-        return any(re.search(self.rules.shutdown, message[0]) for message in error.messages)
+        return any(re.search(self.rules.shutdown, message[0]) for message in error.causes)
 
     def _failed(self, errors: Sequence[_Error], exit_code: int | None, ended_by_us: bool) -> bool:
         if self.fatal or (errors and not self.reader.serving):
@@ -376,22 +425,36 @@ class _Story:
         return bool(errors) or not self.stopping
 
     def _explained(self, errors: Sequence[_Error]) -> Failure:
-        """By the first error that a rule knows, else by the first of all; echoes count only where nothing else does."""
+        """By the first error that a rule knows, else by the first that was not survived.
+
+        Echoes count only where nothing else does, the loss of another process only where no error says why it ended.
+        """
         roots = [error for error in errors if not self._is_echo(error)] or errors
-        for error in roots:
-            for rule, proof in product(self.rules.failures, tuple(error.proofs())):
-                if (found := _match(rule, proof, error)) is not None:
-                    return self._failure(rule, proof, found.groupdict())
-        return self._failure(_UNKNOWN, next(roots[0].proofs()))
+        causes = (cause for cause in map(self._cause, roots) if cause is not None)
+        first = next(causes, None)
+        if first is None:
+            return self._failure(_UNKNOWN, next(min(roots, key=lambda error: error.survived).proofs()))
+        if first[0].follows:
+            first = next((cause for cause in causes if cause[0].kind not in _ENDS), first)
+        return self._failure(*first)
+
+    def _cause(self, error: _Error) -> tuple[FailureRule, str, dict[str, str | None]] | None:
+        """The first rule that knows the error, its proving line and the values in it."""
+        for rule, proof in product(self.rules.failures, tuple(error.proofs())):
+            if (found := _match(rule, proof, error)) is not None:
+                return rule, proof, found.groupdict()
+        return None
 
     def _is_echo(self, error: _Error) -> bool:
-        return all(re.search(self.rules.echoes, message[0]) for message in error.messages)
+        return all(re.search(self.rules.echoes, message[0]) for message in error.causes)
 
     def _killed(self, exit_code: int) -> Failure:
         signal = _signal(exit_code)
         name, rule = _SIGNALS.get(signal or 0, (f"signal {signal}", _UNKNOWN))
         last = f"; last line: {_clean(_parse(self.last).text)}" if self.last else ""
-        proof = f"ended by {name} (exit code {exit_code}), no error in the log{last}"
+        survived = any(error.survived for error in self.errors)
+        errors = "it went on after the errors in the log" if survived else "no error in the log"
+        proof = f"ended by {name} (exit code {exit_code}), {errors}{last}"
         return self._failure(rule, proof, {"spare": self.rules.spare})
 
     def _failure(self, rule: FailureRule, proof: str, values: Mapping[str, str | None] | None = None) -> Failure:

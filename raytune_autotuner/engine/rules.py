@@ -43,6 +43,8 @@ class FailureRule:
     """A last condition on the values found; None: none."""
     depends: tuple[str, ...] = ()
     """See `Failure.depends`: the parameters that the engine looks at when it decides so, and no others."""
+    follows: bool = False
+    """Whether such an error may only follow from that of another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class LogRules:
     shutdown: str
     """Lines of a stop on purpose; what follows is no failure."""
     launch: str
-    """First line of a fresh start, in a log that holds several."""
+    """A line that only a fresh start has at its beginning, in a log that holds several."""
     spare: str
     """What makes a setting hold less memory, for people."""
 
@@ -108,7 +110,7 @@ _VLLM_STAGES = (
     StageRule(Stage.GRAPH_CAPTURE, "in capture_model"),
     StageRule(Stage.GRAPH_CAPTURE, "Graph capturing finished", share=1.0),
     StageRule(Stage.READY, "Application startup complete"),
-    StageRule(Stage.READY, ' HTTP/1.1" '),
+    StageRule(Stage.READY, ' HTTP/1.1" ', unless="connectionpool"),  # whose lines are of requests that it makes itself
     StageRule(Stage.READY, "Avg generation throughput: "),
     StageRule(Stage.LOAD, 'completions HTTP/1.1" 200'),
     StageRule(Stage.LOAD, '/responses HTTP/1.1" 200'),
@@ -292,7 +294,7 @@ _MEMORY = (
     _parameters(
         Kind.OUT_OF_MEMORY,
         r"OutOfMemoryError|(?:CUDA|HIP|XPU|cuBLAS|cudaMalloc)\b[^.]{0,40}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-        r"|[Cc]uda failure (?:\d+ )?'out of memory'|ErrorOutOfMemory|failed to allocate (?:\S+ )?buffer",
+        r"|[Cc]uda failure (?:\d+ )?'out of memory'|ErrorOutOfMemory|(?:failed|unable) to allocate (?:\S+ )?buffer",
         "The device's memory is full: lower gpu-memory-utilization, max-num-seqs or max-num-batched-tokens.",
     ),
     _parameters(
@@ -559,13 +561,15 @@ _CONFIGURATION = (
 )
 
 _DEATHS = (
-    _environment(
+    FailureRule(
         Kind.WORKER_LOST,
+        Blame.ENVIRONMENT,
         r"ncclSystemError|ncclRemoteError|ncclInternalError|NCCL error|NCCL timeout|ProcessGroupNCCL|Watchdog caught "
         r"collective operation timeout|DistNetworkError|DistBackendError|RayActorError|ActorDiedError|NodeDiedError"
         r"|[Cc]onnection (?:closed|reset) by (?:remote )?peer|[Nn]ode .* (?:died|was lost)",
         "A worker or the connection to it was lost: look at the other workers' lines, then at the network "
         "(NCCL_DEBUG=INFO).",
+        follows=True,
     ),
     _parameters(
         Kind.WORKER_LOST,
@@ -618,13 +622,15 @@ VLLM_RULES = LogRules(
     fatal=(
         r"EngineCore failed to start|EngineCore encountered a fatal error|Engine (?:core initialization|process) failed"
         r"|(?:died|exited) unexpectedly|WorkerProc failed to start|WorkerProc initialization failed|EngineDeadError"
-        r"|AsyncLLM output_handler failed|^[\w.-]+: error: |terminate called after throwing|Fatal Python error"
-        r"|error while attempting to bind|Received sigquit from a child process|exiting due to model loading error"
+        r"|AsyncLLM output_handler failed|^[\w.-]+(?: serve)?: error: |terminate called after throwing"
+        r"|Fatal Python error|error while attempting to bind|Received sigquit from a child process"
+        r"|exiting due to model loading error"
     ),
     lone=(
-        r"^[\w./-]+: error: |^[Ee]rror: |(?:died|exited) unexpectedly|terminate called after throwing"
+        r"^[\w./-]+(?: serve)?: error: |^[Ee]rror: |(?:died|exited) unexpectedly|terminate called after throwing"
         r"|\[Errno \d+\] error while|error loading model|^Fatal Python error|Segmentation fault|cudaMalloc failed"
-        r"|Bus error|: No module named |command not found"
+        r"|Bus error|^\S+: No module named |command not found|couldn't bind HTTP server socket"
+        r"|failed to allocate (?:\S+ )?buffer"
     ),
     harmless=(
         r"Exception in ASGI application|Exception ignored in|exception was never retrieved|Exception in callback"
@@ -635,7 +641,7 @@ VLLM_RULES = LogRules(
         r"received signal=?\s*SIG(?:TERM|INT)|trigger received signal|API server: shutdown triggered"
         r"|^INFO: +Shutting down|^KeyboardInterrupt\b|^SystemExit\b|Received SIG(?:TERM|INT)|Terminated$"
     ),
-    launch=r"non-default args:",
+    launch=r"non-default args:|^[\w.-]+(?: serve)?: error: (?:unrecognized arguments|argument -|the following arg)",
     spare=_SPARE,
 )
 """vLLM's log, with the common lines of SGLang and llama.cpp."""
@@ -667,7 +673,7 @@ _ANY_FAILURES = (
     _parameters(
         Kind.OUT_OF_MEMORY,
         r"OutOfMemoryError|(?:CUDA|HIP|XPU|MPS|Metal|cudaMalloc|hipMalloc)\b[^.]{0,40}out of memory"
-        r"|ErrorOutOf(?:Device)?Memory|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate (?:\S+ )?buffer",
+        r"|ErrorOutOf(?:Device)?Memory|CUBLAS_STATUS_ALLOC_FAILED|(?:failed|unable) to allocate (?:\S+ )?buffer",
         "The device's memory is full: lower what the setting holds there, such as context, batch or requests at once.",
     ),
     _parameters(
@@ -685,6 +691,6 @@ ANY_RULES = replace(
     failures=_ANY_FAILURES + VLLM_RULES.failures,
     spare="lower what the setting holds, such as context, batch or requests at once",
     lone=rf"{VLLM_RULES.lone}|[Nn]o such option|[Ii]nvalid value |flag provided but not defined"
-    r"|^[A-Za-z_][\w.]*(?:Error|Exception)\b: |memory allocation of \d+ bytes failed",
+    r"|^[A-Za-z_][\w.]*(?:Error|Exception)\b: |memory allocation of \d+ bytes failed|[Aa]ddress already in use",
 )
 """The log of a program that is not known: its last exception, the errors of common argument parsers, memory, ports."""
