@@ -386,7 +386,7 @@ def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFo
         ("http://[::1]:8000/x@y", "http://[::1]:8000/x@y"),
         ("Namespace(api_key=['a-1', 'd-2','e'], keys=['f'])", "Namespace(api_key=['***'], keys=['f'])"),
         ("api_key=a-1, other=b", "api_key=***, other=b"),
-        ("my_model_HF_TOKEN_2=abc x-api-key: abc", "my_model_HF_TOKEN_2=*** x-api-key: ***"),
+        ("my_model_HF_TOKEN_2=abc X-Api-Key: abc", "my_model_HF_TOKEN_2=*** X-Api-Key: ***"),
         ("TOKENIZERS_PARALLELISM=false", "TOKENIZERS_PARALLELISM=false"),
         ("max-num-batched-tokens: 256, eos_token_id=2", "max-num-batched-tokens: 256, eos_token_id=2"),
         ("bos_token: '<s>' unknown key: foo", "bos_token: '<s>' unknown key: foo"),

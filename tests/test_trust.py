@@ -117,6 +117,8 @@ def test_a_secret_in_a_word_of_the_command_is_refused_too(word: str) -> None:
         parse_study({**BASE, "engine": engine})
     assert "x1y2z3" not in str(refused.value)
     engine["command"] = engine["command"][:-1]
+    with pytest.raises(ConfigError, match=r"engine\.version: holds a secret"):
+        parse_study({**BASE, "engine": {**engine, "version": ["server", word]}})
     assert parse_study({**BASE, "engine": engine}).engine.kind == "command"
 
 

@@ -32,7 +32,7 @@ _VALUE = r"""(?!"\$\w+")(?:"[^"]*"|'[^']*'|[^\s,;'"}\])]+)"""  # "$NAME" is no s
 # Only the end of a name tells: what may stand before it would be tried at each of its letters, in time of their square.
 _NAME = (
     r"(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:_[A-Z0-9]+){0,8}+"
-    r"|api[_-]?key|(?:hf|auth|access|api|bearer|refresh)[_-]token|access[_-]key|secret|passw(?:or)?d"
+    r"|(?i:api[_-]?key)|(?:hf|auth|access|api|bearer|refresh)[_-]token|access[_-]key|secret|passw(?:or)?d"
     r"""|(?<!\w)token(?=["']?\s*=|["']\s*:)"""
 )
 _NAMED = re.compile(rf"""(?<![A-Za-z0-9])((?:{_NAME})["']?\s*[=:]\s*(?P<list>\[)?){_VALUE}(?(list)(?:,\s*{_VALUE})*)""")

@@ -616,9 +616,10 @@ class Study(_Model):
         """(key, name, value) of whatever reaches the engine."""
         yield from ((f"engine.args.{name}", name, value) for name, value in self.engine.args.items())
         yield from ((f"engine.env.{name}", f"env:{name}", value) for name, value in self.engine.env.items())
-        yield from (("engine.command", flag.lstrip("-"), word) for flag, word in pairwise(("", *self.engine.command)))
-        assigned = filter(None, map(_ASSIGNED.fullmatch, self.engine.command))
-        yield from (("engine.command", found["name"], found["value"]) for found in assigned)
+        for key, words in (("engine.command", self.engine.command), ("engine.version", self.engine.version)):
+            yield from ((key, flag.lstrip("-"), word) for flag, word in pairwise(("", *words)))
+            assigned = filter(None, map(_ASSIGNED.fullmatch, words))
+            yield from ((key, found["name"], found["value"]) for found in assigned)
         for parameter in self.space.parameters:
             yield from ((f"search_space.{parameter.name}", parameter.name, value) for value in parameter.bounds)
 
