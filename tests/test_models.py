@@ -197,5 +197,6 @@ def test_only_what_a_kind_of_engine_takes_for_a_path_is_made_one(
 
 def test_names_too_long_for_a_file_system_are_no_trouble() -> None:
     models.check("a/" + "b" * 300)
+    assert models.local_folder("a/" + "b" * 300) is None
     with pytest.raises(ConfigError, match="File name too long"):
         models.check("/" + "b" * 300)

@@ -147,7 +147,7 @@ def local_folder(model: str) -> Path | None:
     None where there are none. A cached folder may hold its config.json alone.
     """
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         repository = hub_cache() / f"models--{model.replace('/', '--')}"
         try:
             folder = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()

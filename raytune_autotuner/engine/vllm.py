@@ -261,7 +261,7 @@ class VllmEngine:
         return argv + arguments(setting)
 
     def _needed_environment(self) -> dict[str, str]:
-        return {"HF_HUB_OFFLINE": "1"} if Path(self.model).is_dir() else {}
+        return {"HF_HUB_OFFLINE": "1"} if os.path.isdir(self.model) else {}
 
     def _environment(self, params: Params) -> dict[str, str]:
         return {
@@ -277,7 +277,8 @@ class VllmEngine:
         """Raise `ConfigError` where the weights of a local model alone are more than all of the machine's memory."""
         folder = expanded("model", self._study.model)
         # Weights can be made smaller while they are loaded, or lie on GPUs.
-        if self.uses_gpus or "quantization" in {*self._study.fixed, *self._study.space.by_name} or not folder.is_dir():
+        shrunk = "quantization" in {*self._study.fixed, *self._study.space.by_name}
+        if self.uses_gpus or shrunk or not os.path.isdir(folder):
             return
         needed = models.weight_bytes(folder)
         there = psutil.virtual_memory().total * self._study.resources.nodes
