@@ -44,6 +44,7 @@ SPACE = {
     "env:VLLM_CPU_OMP_THREADS_BIND": {"choice": ["auto", "0-1"]},
     "chat-template": {"choice": [HOSTILE, "plain"]},
     "tensor-parallel-size": {"choice": [1, 2]},
+    "env:VLLM_USE_V2": {"choice": [None, "1"]},
 }
 ARGS = {"max-model-len": 2048, "compilation-config": {"mode": 3}, "enforce-eager": False}
 RECORDER = """#!/usr/bin/env python3
@@ -56,7 +57,7 @@ def folder_of(parent: Path, **changes: Any) -> ResultsFolder:
     """A study on vLLM of which trial 2 is the verified winner, with a hostile value in it."""
     engine = {"kind": "vllm", "args": ARGS, "env": {"HF_TOKEN": "hf_abcdefghijklmnop", "VLLM_CPU_KVCACHE_SPACE": "2"}}
     study = make_study(**{"model": MODEL, "engine": engine, "search_space": SPACE, **changes})
-    params = {**setting(16, bind="0-1"), "chat-template": HOSTILE, "tensor-parallel-size": 2}
+    params = {**setting(16, bind="0-1"), "chat-template": HOSTILE, "tensor-parallel-size": 2, "env:VLLM_USE_V2": None}
     rows = [measured(0, 100.0), failed(1, setting(64)), measured(2, 143.0, params), measured(3, 121.0, setting(32))]
     scores: dict[int, tuple[float, ...]] = {0: (100.0, 97.0, 103.0), 2: (140.0, 137.0, 144.0), 3: (119.0, 118.0, 123.0)}
     return make_folder(parent, verified(rows, scores), study)

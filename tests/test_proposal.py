@@ -320,6 +320,7 @@ def test_any_proposal_is_a_sound_study_that_fits(tmp_path: Path, data: st.DataOb
         ({"max_position_embeddings": 4096}, {"model_max_length": 10**30}, 4096),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, {}, 8192),
         ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": math.inf}}, {}, 4096),
         ({"hidden_size": 64}, {"model_max_length": 512}, None),
     ],
 )

@@ -74,7 +74,8 @@ def describe(
 ) -> Serving:
     """What is served when `row`'s setting is; `place` is the trial that started it, if that is another one."""
     setting = study.setting(row.params)
-    flags = {name: value for name, value in setting.items() if not name.startswith("env:") and value is not None}
+    setting = {name: value for name, value in setting.items() if value is not None}
+    flags = {name: value for name, value in setting.items() if not name.startswith("env:")}
     variables = {name.removeprefix("env:"): format_value(v) for name, v in setting.items() if name.startswith("env:")}
     versions = folder.read_versions()
     engine = dict(versions.get("engine") or {})

@@ -202,7 +202,7 @@ def longest_request(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> 
     rope = text.get("rope_parameters") or text.get("rope_scaling")
     if length and isinstance(rope, Mapping) and "gemma3" not in str(text.get("model_type")):
         kind, factor = rope.get("rope_type") or rope.get("type") or "default", rope.get("factor")
-        if kind not in _SCALED and isinstance(factor, (int, float)) and factor >= 1:
+        if kind not in _SCALED and isinstance(factor, (int, float)) and 1 <= factor < math.inf:
             length = int(length * factor)
     limit = _whole(tokenizer.get("model_max_length"))
     return min(length, limit) if length and limit else length
