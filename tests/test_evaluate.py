@@ -14,7 +14,7 @@ import pytest
 from raytune_autotuner.engine.catalog import make_engine
 from raytune_autotuner.load.parquet import read_records
 from raytune_autotuner.load.trouble import Clocks
-from raytune_autotuner.load.workload import Level
+from raytune_autotuner.load.workload import Level, between, between_all
 from raytune_autotuner.report.course import SAMPLES
 from raytune_autotuner.report.results import QUALITY, read_result
 from raytune_autotuner.score.metrics import ENGINE_METRICS
@@ -24,7 +24,7 @@ from raytune_autotuner.score.records import measured
 from raytune_autotuner.study.failure import Blame, Kind, Stage
 from raytune_autotuner.study.file import parse_study
 from raytune_autotuner.study.trial import TrialResult
-from raytune_autotuner.tune.evaluate import Evaluation, middle
+from raytune_autotuner.tune.evaluate import Evaluation
 from tests.studies import BASE, merged
 
 SCAN: dict[str, Any] = {
@@ -135,7 +135,7 @@ def test_a_highest_load_that_cannot_be_refined_in_time_is_a_coarser_result(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("held", "missed", "between"),
+    ("held", "missed", "label"),
     [
         (Level("c4", 4), Level("c16", 16), "c10"),
         (Level("c4", 4), Level("c5", 5), None),
@@ -144,11 +144,10 @@ def test_a_highest_load_that_cannot_be_refined_in_time_is_a_coarser_result(tmp_p
         (Level("r1", rate_rps=1.0), Level("r1.04", rate_rps=1.04), None),
     ],
 )
-def test_the_step_between_two_loads_is_halved_until_it_is_small(
-    held: Level, missed: Level, between: str | None
-) -> None:
-    found = middle(held, missed)
-    assert (found and found.label) == between
+def test_the_step_between_two_loads_is_halved_until_it_is_small(held: Level, missed: Level, label: str | None) -> None:
+    found = between(held, missed)
+    assert (found and found.label) == label
+    assert {level.label for level in between_all([held, missed])} >= ({label} if label else set())
 
 
 def test_the_baseline_keeps_its_answers_and_a_setting_that_loses_too_much_fails_before_any_load(tmp_path: Path) -> None:

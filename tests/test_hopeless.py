@@ -77,6 +77,7 @@ def test_a_level_that_nobody_has_measured_leaves_everything_open() -> None:
 
 def test_a_goodput_of_nothing_so_far_leaves_everything_open() -> None:
     assert Seen("maximize", [{"c8": [1.0, 1.2, 1.1]}]).bound({"c8": [0.0]}, ["c8"]) is None
+    assert Seen("maximize", [{"c8": [0.0], "c16": [2.0]}]).bound({"c16": [2.0]}, ["c8", "c16"]) is None
     assert Seen("minimize", [{"c8": [1.0, 1.2, 1.1]}]).bound({"c8": [0.0]}, ["c8"]) == 0
 
 

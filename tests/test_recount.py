@@ -48,6 +48,23 @@ def test_a_table_that_says_what_the_requests_do_is_believed(folder: ResultsFolde
     assert evidence.rows == tuple(folder.read_rows())
 
 
+def test_a_table_that_is_older_than_the_counts_of_samples_is_believed(folder: ResultsFolder) -> None:
+    counts = ("tpot_samples", "itl_samples")
+    old = [
+        replace(
+            row,
+            result=replace(
+                row.result,
+                metrics={name: value for name, value in row.result.metrics.items() if not name.startswith(counts)},
+            ),
+        )
+        for row in folder.read_rows()
+    ]
+    assert old != folder.read_rows()
+    folder.write_rows(old)
+    assert gather(folder).notes == ()
+
+
 def test_a_figure_that_the_requests_do_not_give_is_named_and_not_shown(folder: ResultsFolder) -> None:
     before = gather(folder)
     tamper(folder, 3, **{METRIC: 900.0, "ttft_ms_p90@c4": 0.5, "requests": 7.0, "drift": 0.1})

@@ -17,6 +17,7 @@ from raytune_autotuner.load.workload import (
     lengths,
     levels,
     longest,
+    longest_possible,
     parse_traffic,
     warmup_requests,
 )
@@ -84,8 +85,8 @@ def test_lengths_are_told_without_the_prompts(traffic: str) -> None:
     assert lengths(workload, C4) == [(len(request.prompt), request.tokens_out) for request in generate(workload, C4)]
 
 
-@pytest.mark.parametrize(("traffic", "known"), [("D(40,3)", 50), ("U(10,90)/(1,9)", 106), ("N(40,20)/(8,5)", None)])
-def test_no_load_or_restart_of_a_study_has_a_longer_request_than_the_longest(traffic: str, known: int | None) -> None:
+@pytest.mark.parametrize(("traffic", "most"), [("D(40,3)", 50), ("U(10,90)/(1,9)", 106), ("N(40,20)/(8,5)", 180)])
+def test_no_load_or_restart_of_a_study_has_a_longer_request_than_the_longest(traffic: str, most: int) -> None:
     workload = closed(traffic=traffic, prefix={"tokens": 7, "groups": 2}, requests=20, rounds=2, warmup_requests=30)
     loads: list[tuple[int, Phase]] = [(0, "measure"), (1, "measure"), (0, "warmup")]
     sent = [
@@ -93,7 +94,17 @@ def test_no_load_or_restart_of_a_study_has_a_longer_request_than_the_longest(tra
         for offset, (number, phase) in itertools.product(range(4), loads)
         for request in generate(workload, C4, number, phase, seed_offset=offset)
     ]
-    assert sum(longest(workload, restarts=3)) == (known or max(sent)) >= max(sent)
+    assert sum(longest(workload, restarts=3)) == max(sent) <= sum(longest_possible(workload)) == most
+
+
+def test_the_longest_request_may_be_one_of_a_level_that_the_study_does_not_name() -> None:
+    workload = closed(traffic="N(512,100)/(128,30)", concurrency=[4, 16])
+    sent = {
+        concurrency: max(map(sum, lengths(workload, Level(f"c{concurrency}", concurrency))))
+        for concurrency in range(4, 17)
+    }
+    assert max(sent.values()) > max(sent[4], sent[16])
+    assert sum(longest(workload, refined=True)) >= max(sent.values()) >= sum(longest(workload))
 
 
 def test_normal_lengths_have_their_mean_and_spread() -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -31,6 +31,9 @@ VOCAB_SIZE = 30_000
 
 _FIXED = re.compile(r"D\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _SPREAD = re.compile(r"([NU])\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*/\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
+MAX_BISECTIONS = 5
+CLOSE_ENOUGH = 1.05
+"""Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
 _PHASES: tuple[Phase, ...] = ("warmup", "measure")
 # Last numbers of a seed: what is drawn for a whole study is drawn from other seeds than what is drawn for a load.
 _PREFIXES, _WARMUP_LINES = 1, 2
@@ -194,13 +197,56 @@ def lengths(workload: Workload, level: Level) -> list[tuple[int, int]]:
     return _Draw(workload, level, 0, "measure", 0, VOCAB_SIZE).lengths()
 
 
-def longest(workload: Workload, restarts: int = 0) -> tuple[int, int]:
-    """Tokens of prompt and answer of the longest request that a study with so many restarts may send.
+def longest(workload: Workload, restarts: int = 0, refined: bool = False) -> tuple[int, int]:
+    """Tokens of prompt and answer of the longest request that a study with so many restarts sends.
 
-    Normal lengths have no longest: it is that of all loads, warm-ups and restarts, which are drawn here. A prompt of
-    text counts as 0 tokens.
+    It is that of all loads, warm-ups and restarts, which are drawn here; with `refined` also of the levels in between
+    that a restart may come to. A prompt of text counts as 0 tokens.
     """
-    return max(_possible(workload, restarts), key=sum, default=(0, 0))
+    scale = levels(workload)
+    scale += between_all(sorted(scale, key=lambda level: level.load)) if refined else []
+    loads: list[tuple[int, Phase]] = [(0, "warmup"), *((number, "measure") for number in range(workload.rounds))]
+    drawn = (
+        _Draw(workload, level, number, phase, offset, VOCAB_SIZE).lengths()
+        for level, (number, phase), offset in product(scale, loads, range(restarts + 1))
+    )
+    return max((request for load in drawn for request in load), key=sum, default=(0, 0))
+
+
+def longest_possible(workload: Workload) -> tuple[int, int]:
+    """Tokens of prompt and answer that no request is longer than, without drawing any; of normal lengths, hardly any.
+
+    A prompt of text counts as 0 tokens.
+    """
+    if workload.trace is not None:
+        lines = [(line.tokens_in, line.tokens_out) for line in read_trace(workload.trace, workload.requests)]
+    elif workload.dataset is not None:
+        lines = [(_known_tokens(line.prompt), line.tokens_out) for line in read_dataset(workload.dataset)]
+    else:
+        traffic = parse_traffic(workload.traffic)
+        lines = [(_prefix_tokens(workload) + traffic.tokens_in.most, traffic.tokens_out.most)]
+    return max(lines, key=sum, default=(0, 0))
+
+
+def between(held: Level, missed: Level) -> Level | None:
+    """The load halfway between two levels of one kind; None where they are next to each other."""
+    if held.concurrency is not None and missed.concurrency is not None:
+        middle = (held.concurrency + missed.concurrency) // 2
+        near = missed.concurrency - held.concurrency <= 1 or missed.concurrency / held.concurrency < CLOSE_ENOUGH
+        return None if near else Level(f"c{middle}", concurrency=middle)
+    assert held.rate_rps is not None
+    assert missed.rate_rps is not None
+    rate = float(f"{(held.rate_rps * missed.rate_rps) ** 0.5:.4g}")
+    return None if missed.rate_rps / held.rate_rps < CLOSE_ENOUGH else Level(f"r{rate:g}", rate_rps=rate)
+
+
+def between_all(ascending: Sequence[Level], steps: int = MAX_BISECTIONS) -> list[Level]:
+    """All levels that so many bisections may come to, wherever the SLOs are missed first."""
+    found: list[Level] = []
+    for held, missed in pairwise(ascending) if steps else ():
+        if (middle := between(held, missed)) is not None:
+            found += [middle, *between_all([held, middle, missed], steps - 1)]
+    return found
 
 
 def arrivals_s(workload: Workload, level: Level, phase: Phase = "measure") -> float:
@@ -210,19 +256,6 @@ def arrivals_s(workload: Workload, level: Level, phase: Phase = "measure") -> fl
         taken = read_trace(workload.trace, workload.requests)[:count]
         return taken[-1].due_s if taken else 0.0
     return count / level.rate_rps if level.rate_rps else 0.0
-
-
-def _possible(workload: Workload, restarts: int) -> Iterator[tuple[int, int]]:
-    if workload.trace is not None:
-        yield from ((line.tokens_in, line.tokens_out) for line in read_trace(workload.trace, workload.requests))
-    elif workload.dataset is not None:
-        yield from ((_known_tokens(line.prompt), line.tokens_out) for line in read_dataset(workload.dataset))
-    elif (traffic := parse_traffic(workload.traffic)).tokens_in.shape != "N":
-        yield _prefix_tokens(workload) + traffic.tokens_in.most, traffic.tokens_out.most
-    else:
-        loads: list[tuple[int, Phase]] = [(0, "warmup"), *((number, "measure") for number in range(workload.rounds))]
-        for level, (number, phase), offset in product(levels(workload), loads, range(restarts + 1)):
-            yield from _Draw(workload, level, number, phase, offset, VOCAB_SIZE).lengths()
 
 
 def _known_tokens(prompt: Prompt) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from raytune_autotuner.report.course import requests_of
 from raytune_autotuner.report.results import ResultsFolder, read_result
 from raytune_autotuner.report.wording import format_number
-from raytune_autotuner.score.metrics import EmptySample, told_by_requests
+from raytune_autotuner.score.metrics import SAMPLES, EmptySample, told_by_requests
 from raytune_autotuner.score.objective import judged, metrics_of_requests
 from raytune_autotuner.study.failure import Blame
 from raytune_autotuner.study.study import Study
@@ -106,12 +106,17 @@ def _broken(name: str) -> str:
 def _difference(row: TrialRow, again: TrialRow) -> str | None:
     """What the table says of a trial that its requests do not, or the reverse."""
     then, now = _figures(row), _figures(again)
-    names = [name for name in {**now, **then} if not _same(then.get(name), now.get(name))]
+    names = [name for name in {**now, **then} if not _same(then.get(name), now.get(name)) and not _new(name, then)]
     if not names:
         return None
     told = [f"{name} {_text(then.get(name))}, not {_text(now.get(name))}" for name in names[:_NAMED]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"Trial {row.number}: the table (trials.jsonl) says {'; '.join(told)}{more}; its requests are believed."
+
+
+def _new(name: str, then: Mapping[str, object]) -> bool:
+    """Whether a count of samples is missing in a table that is older than these counts."""
+    return name not in then and name.partition("@")[0] in SAMPLES.values()
 
 
 def _figures(row: TrialRow) -> dict[str, float | None]:

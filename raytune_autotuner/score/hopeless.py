@@ -74,11 +74,11 @@ class Seen:
         return USUAL_NOISE if freedom < ENOUGH_PAIRS else math.sqrt((squares + self._squares) / freedom)
 
     def _best_at(self, level: str, so_far: Values, noise: float) -> float | None:
-        if values := so_far.get(level):
-            mean = statistics.fmean(values)
-            open_end = self._sign > 0 and mean == 0
-            return None if open_end else mean * math.exp(self._sign * WIDTH * noise / math.sqrt(len(values)))
-        return self._best[level] * math.exp(self._sign * WIDTH * noise) if level in self._best else None
+        values = so_far.get(level)
+        mean = statistics.fmean(values) if values else self._best.get(level)
+        if mean is None or (self._sign > 0 and mean == 0):
+            return None
+        return mean * math.exp(self._sign * WIDTH * noise / math.sqrt(len(values or (mean,))))
 
 
 def _scatter(trial: Values) -> tuple[int, float]:

@@ -33,7 +33,7 @@ from raytune_autotuner.load.engine_metrics import EngineWatch
 from raytune_autotuner.load.spread import ClientLost
 from raytune_autotuner.load.trouble import clock_trouble, starvation
 from raytune_autotuner.load.vllm_bench import BenchFailed
-from raytune_autotuner.load.workload import Level, generate, levels, warmup_requests
+from raytune_autotuner.load.workload import MAX_BISECTIONS, Level, between, generate, levels, warmup_requests
 from raytune_autotuner.report.logs import LogWriter
 from raytune_autotuner.report.results import QUALITY, RESULT, write_result
 from raytune_autotuner.report.writing import write_json
@@ -58,13 +58,10 @@ Server: TypeAlias = EngineServer | SpanningServer | RunningServer
 PROBE_TIMEOUT_S = 30.0
 IMPATIENT_S = 0.5
 DYING_S = 3.0
-MAX_BISECTIONS = 5
 LAST_WORDS_S = 1.2
 """Before a trial may be ended: a load is heard twice a second, and its requests take some tenths of one to write."""
 SPARE = 1.2
 """Times what a load is expected to take, so much time must be left for one that a trial can do without."""
-CLOSE_ENOUGH = 1.05
-"""Two loads of which one keeps the SLOs and the other does not, so near that the step between them is not searched."""
 _FINAL = r"HTTP 4(?!08|25|29)\d\d|answer cut short: no usage"
 """Answers to the first completion after which no other one can be expected."""
 
@@ -302,22 +299,22 @@ class Evaluation:
             return
         held, missed = ascending[kept - 1], ascending[kept]
         for _ in range(MAX_BISECTIONS):
-            between = middle(held, missed)
-            if between is None or not self._has_time_for(between, held, missed):
+            middle = between(held, missed)
+            if middle is None or not self._has_time_for(middle, held, missed):
                 return
-            self._warm_up(server, [between])
+            self._warm_up(server, [middle])
             for number in range(self.study.workload.rounds):
-                yield self._round(server, between, number, 1, 1)
-            held, missed = (between, missed) if self._measured.meets(between) else (held, between)
+                yield self._round(server, middle, number, 1, 1)
+            held, missed = (middle, missed) if self._measured.meets(middle) else (held, middle)
 
-    def _has_time_for(self, between: Level, held: Level, missed: Level) -> bool:
+    def _has_time_for(self, middle: Level, held: Level, missed: Level) -> bool:
         """Whether all loads at a level will end before the trial does, told from those of the levels on both sides."""
-        slower = held.load / between.load if between.open_loop else 1.0  # in closed loop it may be no faster at all
+        slower = held.load / middle.load if middle.open_loop else 1.0  # in closed loop it may be no faster at all
         expected_s = SPARE * max(self._measured.seconds(held) * slower, self._measured.seconds(missed))
         left_s = min(self.deadline, self.time_up) - time.monotonic() - LAST_WORDS_S
         if expected_s < left_s:
             return True
-        until = f"{between.label} may take {expected_s:.0f} s, and {max(left_s, 0.0):.0f} s are left"
+        until = f"{middle.label} may take {expected_s:.0f} s, and {max(left_s, 0.0):.0f} s are left"
         self._log.write(self.stage, f"the highest load is not refined further: {until}")
         return False
 
@@ -536,15 +533,3 @@ class Evaluation:
             self._measured.write(self.workdir, more)
         except (OSError, ValueError, OverflowError) as error:  # the latter: what no column of a table can hold
             logger.error("%s: could not be written: %s", self.workdir, error)
-
-
-def middle(held: Level, missed: Level) -> Level | None:
-    """The load halfway between two levels of one kind; None where they are next to each other."""
-    if held.concurrency is not None and missed.concurrency is not None:
-        between = (held.concurrency + missed.concurrency) // 2
-        near = missed.concurrency - held.concurrency <= 1 or missed.concurrency / held.concurrency < CLOSE_ENOUGH
-        return None if near else Level(f"c{between}", concurrency=between)
-    assert held.rate_rps is not None
-    assert missed.rate_rps is not None
-    rate = float(f"{(held.rate_rps * missed.rate_rps) ** 0.5:.4g}")
-    return None if missed.rate_rps / held.rate_rps < CLOSE_ENOUGH else Level(f"r{rate:g}", rate_rps=rate)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from raytune_autotuner.load.workload import arrivals_s, lengths, levels, longest
+from raytune_autotuner.load.workload import arrivals_s, lengths, levels, longest, longest_possible
 from raytune_autotuner.score.metrics import samples_needed
+from raytune_autotuner.score.slo import scans_loads
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.study import Study, Workload
 
@@ -86,7 +87,11 @@ def _check_fit(study: Study) -> None:
     most = study.engine.args.get(_LENGTH)
     if study.engine.kind not in _KNOWS_LENGTH or type(most) is not int or most < 1 or _LENGTH in study.space.by_name:
         return
-    prompt, answer = longest(study.workload, study.verify.restarts if study.verify.top else 0)
+    if sum(longest_possible(study.workload)) <= most:
+        return
+    restarts = study.verify.restarts if study.verify.top else 0
+    refined = restarts > 0 and scans_loads(study.objective)
+    prompt, answer = longest(study.workload, restarts, refined)
     if prompt + answer > most:
         raise ConfigError(
             f"engine.args.{_LENGTH}: {most} tokens do not hold the longest request of the workload, {prompt} of "

@@ -148,7 +148,7 @@ class TrialReporter:
     def suggested(self, trial_id: str, params: Params, filled: Params, **more: Any) -> TrialRow:
         """A new trial, waiting for its resources; `more` are further fields of its row.
 
-        Numbers are without gaps, so they are not Optuna's: it also counts suggestions that were never started.
+        Numbers are not Optuna's: it also counts suggestions that were never started.
         """
         row = TrialRow(self._book.next_number, trial_id, params=dict(params), **{"name": "", **more})
         self._folder.add_suggestion(row)

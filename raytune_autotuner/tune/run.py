@@ -131,7 +131,13 @@ def _prepare(study: Study, engine: Engine, before: ResultsFolder | None, verifie
         check_claim(before, verifies.claim if verifies else None)
     _preflight(engine, verifies)
     sweep_orphans()
-    return learn_from_earlier(study, versions(engine))
+    try:
+        return learn_from_earlier(study, versions(engine))
+    except ConfigError as error:
+        if before is None or not before.read_rows():
+            raise
+        logger.warning("The search goes on without what an earlier study has taught it. %s", error)
+        return []
 
 
 def _preflight(engine: Engine, verifies: Verifies | None) -> None:

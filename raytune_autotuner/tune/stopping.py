@@ -21,7 +21,7 @@ def enough(study: Study, searched: Sequence[TrialRow]) -> str | None:
     search, wanted = study.search, _wanted(study)
     if (target := search.target) is not None and any(_reaches(study, row, target) for row in ended):
         return f"the target is reached: {wanted} {target:g}"
-    if (stale := _since_better(study, ended)) >= (search.plateau or len(ended) + 1):
+    if search.plateau is not None and (stale := _since_better(study, ended)) >= search.plateau:
         return f"{stale} trials in a row found nothing better (search.plateau)"
     failures = len(list(takewhile(lambda row: row.state in (State.FAILED, State.LOST), reversed(over))))
     if failures >= search.max_failures_in_a_row:
@@ -53,12 +53,13 @@ def _since_better(study: Study, ended: Sequence[TrialRow]) -> int:
     With several objectives one is better that no earlier one dominates or equals.
     """
     directions = [direction for _, direction in study.objective.targets]
-    best: list[tuple[float, ...]] = []
+    best: list[tuple[float, ...]] = []  # none of which dominates another
     stale = 0
     for row in ended:
         scores = scores_of(row) if row.feasible else ()
         if scores and not any(known == scores or dominates(known, scores, directions) for known in best):
-            best, stale = [*best, scores], 0
+            best = [*(known for known in best if not dominates(scores, known, directions)), scores]
+            stale = 0
         elif best and row.counts:
             stale += 1
     return stale
