@@ -315,6 +315,7 @@ def test_figures_of_a_single_measurement_are_called_so(tmp_path: Path) -> None:
         (replace(failed(1, setting(8)), penalty=None), "this trial failed: out-of-memory at kv-cache"),
         (replace(running(1, setting(8)), state=State.STOPPED, bound=9.0), "this trial was ended before its last load"),
         (replace(running(1, setting(8)), state=State.INTERRUPTED), "this trial has no figures: it is interrupted"),
+        (replace(running(1, setting(8)), state=State.EARLIER), "this setting of an earlier run has not been measured"),
     ],
 )
 def test_what_speaks_against_a_setting_is_named_for_what_it_is(row: TrialRow, caution: str | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from raytune_autotuner.engine import models
 from raytune_autotuner.study.errors import ConfigError
+from raytune_autotuner.study.file import parse_study
 
 BUNDLED = "bundled:smollm2-135m-instruct"
 
@@ -182,6 +183,8 @@ def test_two_studies_at_once_make_the_bundled_model_once(cache: Path) -> None:
         ("command", "hf.co/bartowski/Llama-GGUF", None),
         ("command", "s3://bucket/llama", None),
         ("command", "there/x.gguf", "{here}/there/x.gguf"),
+        ("command", "./slip/x.gguf", "{here}/slip/x.gguf"),
+        ("command", "~/slip/x.gguf", "{here}/home/slip/x.gguf"),
         ("running", "accounts/acme/models/llama", None),
         ("running", "there/x.gguf", None),
     ],
@@ -190,9 +193,17 @@ def test_only_what_a_kind_of_engine_takes_for_a_path_is_made_one(
     kind: str, model: str, path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x.gguf").touch()
     assert models.absolute(model, kind) == (path.format(here=tmp_path) if path else model)
+
+
+def test_the_name_that_a_running_server_has_is_no_file_to_be_looked_for() -> None:
+    study = {"study": "s", "model": "/srv/llama", "search_space": {"a": {"int": [1, 2]}}}
+    running = {"kind": "running", "base_url": "http://127.0.0.1:1"}
+    assert "model" not in parse_study({**study, "engine": running}).files
+    assert parse_study({**study, "engine": {"kind": "vllm"}}).files["model"] == Path("/srv/llama")
 
 
 def test_names_too_long_for_a_file_system_are_no_trouble() -> None:

@@ -400,8 +400,15 @@ def test_a_port_that_is_taken_after_the_start_is_seen() -> None:
 
 
 def test_an_engine_that_is_not_installed_is_the_studys_fault() -> None:
-    failure = _failure(["/usr/bin/python3: No module named vllm"])
-    assert (failure.stage, failure.kind, failure.blame) == (Stage.ARGUMENTS, Kind.UNSUPPORTED, Blame.STUDY)
+    for line in (
+        "/usr/bin/python3: No module named vllm",
+        "/opt/my env/bin/python3: No module named vllm",
+        "/usr/bin/python3: Error while finding module specification for 'vllm.entrypoints.openai.api_server' "
+        "(ModuleNotFoundError: No module named 'vllm')",
+    ):
+        failure = _failure([line, "see the manual"])
+        assert (failure.stage, failure.kind, failure.blame) == (Stage.ARGUMENTS, Kind.UNSUPPORTED, Blame.STUDY)
+        assert failure.evidence == line
 
 
 def test_the_format_of_older_versions_is_read() -> None:
@@ -528,6 +535,19 @@ def test_an_error_after_which_its_process_said_no_more_counts_though_the_server_
     worker = _logged("Worker_TP0", "Traceback (most recent call last):", '  File "x"', "    raise", oom)
     for after in ([], START[1:2]):
         assert _failure([*START, *worker, *after], exit_code=-9).evidence == oom
+
+
+def test_an_error_counts_though_other_processes_went_on_or_its_own_while_it_shut_down() -> None:
+    oom = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    worker = _logged("Worker_TP1", "Traceback (most recent call last):", '  File "x"', "    raise", oom)
+    said = "INFO 11-23 01:00:00 [x.py:9]"
+    hung = [START[0], *worker, f"(Worker_TP0 pid=7) {said} Model loading took 5.1 GiB memory and 3.2 seconds"]
+    found = diagnose(hung, exit_code=-15, ended_by_us=True)
+    assert (found.stage, found.failure and found.failure.evidence) == (Stage.WEIGHTS, oom)
+    source = worker[0].partition(")")[0]
+    for exit_code in (-6, -11, 135):
+        failure = _failure([*START, *worker, f"{source}) {said} Shutting down worker"], exit_code)
+        assert (failure.kind, failure.evidence) == (Kind.OUT_OF_MEMORY, oom)
 
 
 @pytest.mark.parametrize("exit_code", [None, 0, -15, 143, -2, 130])
@@ -713,6 +733,7 @@ def test_a_second_start_that_did_not_take_its_arguments_is_one() -> None:
     ("line", "kind"),
     [
         ("start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 8080", Kind.PORT_IN_USE),
+        ("Address already in use", Kind.PORT_IN_USE),
         ("2026/11/23 00:31:22 listen tcp 127.0.0.1:8000: bind: address already in use", Kind.PORT_IN_USE),
         ("ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 9437184000", Kind.OUT_OF_MEMORY),
         ("llama_model_load: error loading model: unable to allocate Metal buffer", Kind.OUT_OF_MEMORY),
@@ -722,6 +743,11 @@ def test_what_servers_in_other_languages_say_is_known(line: str, kind: Kind) -> 
     failure = diagnose([line, "main: exiting due to an error"], exit_code=1, rules=ANY_RULES).failure
     assert failure is not None
     assert (failure.kind, failure.evidence) == (kind, line)
+
+
+def test_a_port_that_is_taken_is_no_failure_where_the_server_tries_another() -> None:
+    lines = ["address already in use: 8000 bind, trying 8001", "loading", "loading"]
+    assert diagnose(lines, ended_by_us=True, rules=ANY_RULES).failure is None
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,8 @@ def test_the_launch_script_takes_a_secret_from_the_environment(folder: ResultsFo
         ("http://me:p@ss@host:80/x@y", "http://me:***@host:80/x@y"),
         ('["http://me:pw@host","a@b"]', '["http://me:***@host","a@b"]'),
         ("http://[::1]:8000/x@y", "http://[::1]:8000/x@y"),
+        ("docker://me@reg.io:5000@sha256:abcd", "docker://me@reg.io:5000@sha256:abcd"),
+        ("http://me:5000@host/x", "http://me:***@host/x"),
         ("Namespace(api_key=['a-1', 'd-2','e'], keys=['f'])", "Namespace(api_key=['***'], keys=['f'])"),
         ("api_key=a-1, other=b", "api_key=***, other=b"),
         ("my_model_HF_TOKEN_2=abc X-Api-Key: abc", "my_model_HF_TOKEN_2=*** X-Api-Key: ***"),
@@ -450,6 +452,9 @@ def test_the_status_is_read_back_and_knows_its_driver(folder: ResultsFolder) -> 
     write_status(folder, status)
     assert read_status(folder) == status
     assert status.driver_alive
+    later = json.loads(folder.status_file.read_text())
+    write_json(folder.status_file, {**later, "news": 1, "live": [{**later["live"][0], "news": 1}]})
+    assert (read_status(folder), folder.broken()) == (status, [])
     assert not replace(status, phase="finished").driver_alive
     assert not replace(status, pid_started=status.pid_started + 1).driver_alive
     assert not replace(status, host="elsewhere", updated_at=status.updated_at - 3600).driver_alive
@@ -500,18 +505,20 @@ def test_what_is_broken_is_done_without_or_named_and_never_a_traceback(folder: R
         path.write_text(text)
 
     folder.write_rows(sample_rows()[:4])
+    wrong_params = json.dumps({**running(4, {}).to_dict(), "params": 5})
+    something_else = {"trials/5-e/result.json": '{"metrics": 7}', "trials/4-d/trial.json": wrong_params}
     without = ["verdict.json", "status.json", "versions.json", "trials/4-d/trial.json", "trials/5-e/result.json"]
     for name in without:
         break_it(folder.path / name)
     folder.add_suggestion(replace(running(5, setting(8)), trial_id="e"))
-    assert folder.broken() == without
-    for _ in range(2):  # no JSON, and the JSON of something else
+    for turn in range(3):  # no JSON, and the JSON of something else
+        assert folder.broken() == [name for name in without if turn == 0 or name != "versions.json"]
         assert (folder.read_verdict(), read_status(folder), folder.read_versions()) == (None, None, {})
         assert read_result(folder.path / "trials/5-e") is None
         assert [row.number for row in folder.read_rows()] == [0, 1, 2, 3, 5]
         assert "Run trial 2" in gather(folder).answer.sentence
         for name in without:
-            break_it(folder.path / name, "{}" if name != "trials/5-e/result.json" else '{"metrics": 7}')
+            break_it(folder.path / name, something_else.get(name, "{}"))
         folder.add_suggestion(replace(running(5, setting(8)), trial_id="e"))
     for file in (folder.verifies_file, folder.rows_file):
         break_it(file, "{}\n")

@@ -112,7 +112,8 @@ def test_a_secret_that_the_process_list_would_show_is_refused_and_not_repeated(n
     "word", ["--api-key=x1y2z3", "--hf-token=x1y2z3", "HF_TOKEN=x1y2z3", "--proxy=http://u:x1y2z3@h"]
 )
 def test_a_secret_in_a_word_of_the_command_is_refused_too(word: str) -> None:
-    engine = {"kind": "command", "command": ["server", "--port", "{port}", "--key-file=/x", "HF_TOKEN=$TOKEN", word]}
+    from_outside = ["HF_TOKEN=$TOKEN", 'HF_TOKEN="$HF_TOKEN" exec server']
+    engine = {"kind": "command", "command": ["server", "--port", "{port}", "--key-file=/x", *from_outside, word]}
     with pytest.raises(ConfigError, match=r"engine\.command: holds a secret") as refused:
         parse_study({**BASE, "engine": engine})
     assert "x1y2z3" not in str(refused.value)

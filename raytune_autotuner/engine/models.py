@@ -93,11 +93,15 @@ def resolve(model: str, python: str | Path | None = None) -> str:
 def absolute(model: str, kind: str = "vllm") -> str:
     """`model` as it means the same from every folder to this kind of engine: trials run in folders of their own.
 
-    Of a command a path is what exists, as it may want names of any form; a server that runs knows names only.
+    Of a command a path is what exists or can be nothing else, as it may want names of any form; a server that runs
+    knows names only.
     """
     if kind == "running":
         return model
-    is_path = os.path.exists(_path(model)) if kind == "command" else _is_folder(model)
+    if kind == "command":
+        is_path = model.startswith(("./", "../", "/", "~")) or os.path.exists(_path(model))
+    else:
+        is_path = _is_folder(model)
     return str(_path(model).absolute()) if is_path else model
 
 

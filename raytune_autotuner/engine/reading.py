@@ -289,7 +289,7 @@ def _complaint(first: str, *rest: str) -> str:
 
 _NOTABLE = (
     *("rror", "raceback", "xception", "ERROR", "CRITICAL", "died", "ail", "hut", "SIG", "nterrupt", "xit", "erminat"),
-    *("fault", "bind", "non-default", "not found", "named", "o such", "nvalid", "ot defined"),
+    *("fault", "bind", "non-default", "not found", "named", "o such", "nvalid", "ot defined", "in use"),
 )
 """What lines have that tell of an error, a stop or a fresh start; the others are skipped at little cost."""
 
@@ -367,12 +367,13 @@ class _Story:
             self.fatal = True
 
     def _outlive(self, line: _Line, advanced: bool) -> None:
-        """Note which errors their process, or the start as a whole, has gone on after."""
+        """Note which errors their process has gone on after; of one that is not named, the start as a whole."""
         if self.stopping:
             return
         for error in self._watched:
-            said_more = line.level in _ORDINARY and line.source == error.line.source
-            error.survived = error.part is not _Part.FRAMES and (advanced or said_more)
+            same = line.source == error.line.source
+            went_on = (line.level in _ORDINARY and same) or (advanced and (same or not error.line.source))
+            error.survived = error.part is not _Part.FRAMES and went_on
         self._watched = [error for error in self._watched if not error.survived]
 
     def _begin(self, line: _Line) -> None:
@@ -403,7 +404,7 @@ class _Story:
     def failure(self, exit_code: int | None, ended_by_us: bool) -> Failure | None:
         """The failure that the log and the exit code show, or None."""
         errors = [error for error in self.errors if error.messages and not self._is_stop(error)]
-        if not self.fatal and (ended_by_us or _signal(exit_code) is not None):
+        if not self.fatal and (ended_by_us or _signal(exit_code) in _KILLS):
             errors = [error for error in errors if not error.survived]  # of which the end is none
         if not self._failed(errors, exit_code, ended_by_us):
             return None
@@ -481,6 +482,8 @@ def _match(rule: FailureRule, proof: str, error: _Error) -> re.Match[str] | None
 
 
 _STOP_SIGNALS = (1, 2, 15)
+_KILLS = (*_STOP_SIGNALS, 9)
+"""Signals that come from others; the rest a process brings on itself, as by an error before it."""
 
 
 def _signal(exit_code: int | None) -> int | None:

@@ -629,8 +629,8 @@ VLLM_RULES = LogRules(
     lone=(
         r"^[\w./-]+(?: serve)?: error: |^[Ee]rror: |(?:died|exited) unexpectedly|terminate called after throwing"
         r"|\[Errno \d+\] error while|error loading model|^Fatal Python error|Segmentation fault|cudaMalloc failed"
-        r"|Bus error|^\S+: No module named |command not found|couldn't bind HTTP server socket"
-        r"|failed to allocate (?:\S+ )?buffer"
+        r"|Bus error|^(?:\S+|/[^:]*): (?:No module named |Error while finding module specification for )"
+        r"|command not found|couldn't bind HTTP server socket|failed to allocate (?:\S+ )?buffer"
     ),
     harmless=(
         r"Exception in ASGI application|Exception ignored in|exception was never retrieved|Exception in callback"
@@ -691,6 +691,7 @@ ANY_RULES = replace(
     failures=_ANY_FAILURES + VLLM_RULES.failures,
     spare="lower what the setting holds, such as context, batch or requests at once",
     lone=rf"{VLLM_RULES.lone}|[Nn]o such option|[Ii]nvalid value |flag provided but not defined"
-    r"|^[A-Za-z_][\w.]*(?:Error|Exception)\b: |memory allocation of \d+ bytes failed|[Aa]ddress already in use",
+    r"|^[A-Za-z_][\w.]*(?:Error|Exception)\b: |memory allocation of \d+ bytes failed"
+    r"|[Aa]ddress already in use(?!.*\b(?:re)?trying)",
 )
 """The log of a program that is not known: its last exception, the errors of common argument parsers, memory, ports."""

@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from functools import cached_property
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from typing import Any, NoReturn
 
 from raytune_autotuner.engine.contract import Rank
@@ -143,6 +143,8 @@ def _get(url: str, required: bool = False) -> Any:
             return json.loads(answer.read(_MAX_BYTES))
     except urllib.error.HTTPError:
         return None
+    except InvalidURL as error:
+        raise ConfigError(f"engine.base_url: {shown(url)} is no URL: {error}.") from error
     except (OSError, HTTPException) as error:
         if not required:
             return None

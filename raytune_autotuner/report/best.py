@@ -47,6 +47,8 @@ def caution(row: TrialRow, answer: Verdict) -> str | None:
         return f"this trial failed: {failure.kind} at {failure.stage}"
     if row.state is State.STOPPED:
         return "this trial was ended before its last load, as it could not beat the best one any more"
+    if row.state is State.EARLIER:
+        return "this setting of an earlier run has not been measured again"
     if row.state is not State.MEASURED:
         return f"this trial has no figures: it is {row.state}"
     return None if row.feasible else "it does not meet every SLO of the study"

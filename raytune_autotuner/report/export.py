@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from raytune_autotuner.report.best import caution, worth
 from raytune_autotuner.report.finalists import started
@@ -31,7 +31,8 @@ from raytune_autotuner.report.recheck import answer_of, said
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict
 from raytune_autotuner.report.wording import describe_params
-from raytune_autotuner.study.errors import ConfigError, shown
+from raytune_autotuner.report.writing import read_json
+from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.masking import is_secret, mask, mask_values
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study
@@ -121,9 +122,11 @@ def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) ->
         raise ConfigError(f"--format {form}: is for one machine, but the engine spans {study.resources.nodes} nodes.")
     if form != "vllm":
         raise ConfigError(f"--format {form}: exists for vLLM only, but the study's engine is {study.engine.kind}.")
-    line = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("launch")
+    line = (read_json(folder.trial_dir(row.number, row.trial_id) / "command.json") or {}).get("launch")
     if line is None:
-        raise ConfigError(f"--trial {row.number}: has left no command.json, so its launch line is not known.")
+        raise ConfigError(
+            f"--trial {row.number}: has left no command.json that can be read, so its launch line is not known."
+        )
     return f"{line}\n"
 
 
@@ -134,13 +137,13 @@ def _model(folder: ResultsFolder, study: Study, trials: Sequence[TrialRow]) -> s
     if not study.model.startswith("bundled:"):
         return study.model
     for row in trials:
-        argv = _read_json(folder.trial_dir(row.number, row.trial_id) / "command.json").get("argv", [])
+        argv = (read_json(folder.trial_dir(row.number, row.trial_id) / "command.json") or {}).get("argv", [])
         for before, part in pairwise(argv):
             if before in ("--model", "serve"):
                 return str(part)
     raise ConfigError(
         f"--trial {trials[0].number}: its model is {study.model}, and where that lies is not known, as the trial has "
-        "left no command.json. Export a trial that was started."
+        "left no command.json that can be read. Export a trial that was started."
     )
 
 
@@ -197,13 +200,3 @@ def _provenance(
 
 def _dns_label(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_NAME_CHARACTERS].strip("-")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigError(f"{path}: is broken JSON: {shown(str(error))}.") from error
-    return found if isinstance(found, dict) else {}

@@ -18,10 +18,8 @@ import json
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -237,17 +235,25 @@ class ResultsFolder:
         """The trials that have begun and are not among the `ended`."""
         for entry in os.scandir(self.trials_dir) if self.trials_dir.is_dir() else ():
             number = entry.name.partition("-")[0]
-            if number.isdecimal() and int(number) not in ended:
-                with suppress(*NO_ROW):  # broken: nobody knows what it was to measure
-                    if (row := read_json(Path(entry.path, SUGGESTION))) is not None:
-                        yield TrialRow.from_dict(row)
+            begun = number.isdecimal() and int(number) not in ended
+            if begun and (row := _read_suggestion(Path(entry.path, SUGGESTION))) is not None:
+                yield row  # where it is broken, nobody knows what it was to measure
 
     def broken(self) -> list[str]:
         """Those of its JSON files that are there and cannot be read: all else is told without them."""
-        own = (self.verdict_file, self.status_file, self.versions_file)
-        of_trials = (sorted(self.trials_dir.glob(f"*/{name}")) for name in (SUGGESTION, QUALITY, RESULT))
-        files = [path for path in (*own, *chain(*of_trials)) if path.is_file() and read_json(path) is None]
-        return [str(path.relative_to(self.path)) for path in files]
+        from raytune_autotuner.report.status import read_status  # which imports this module
+
+        files = [
+            (self.verdict_file, self.read_verdict()),
+            (self.status_file, read_status(self)),
+            (self.versions_file, read_json(self.versions_file)),
+            *((path, _read_suggestion(path)) for path in self._of_trials(SUGGESTION)),
+            *((path, read_result(path.parent, name)) for name in (QUALITY, RESULT) for path in self._of_trials(name)),
+        ]
+        return [str(path.relative_to(self.path)) for path, found in files if found is None and path.is_file()]
+
+    def _of_trials(self, name: str) -> list[Path]:
+        return sorted(self.trials_dir.glob(f"*/{name}"))
 
     def read_row(self, number: int) -> TrialRow:
         """The row of trial `number`; raises `ConfigError` where there is none."""
@@ -285,6 +291,14 @@ def read_result(trial_dir: Path, name: str = RESULT) -> TrialResult | None:
         found = read_json(trial_dir / name)
         return None if found is None else TrialResult.from_dict(found)
     except (ConfigError, *NO_ROW):
+        return None
+
+
+def _read_suggestion(path: Path) -> TrialRow | None:
+    found = read_json(path)
+    try:
+        return None if found is None else TrialRow.from_dict(found)
+    except NO_ROW:
         return None
 
 

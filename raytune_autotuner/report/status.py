@@ -9,9 +9,9 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from raytune_autotuner.report.results import NO_ROW, ResultsFolder
 from raytune_autotuner.report.writing import read_json, write_json
@@ -80,15 +80,23 @@ def write_status(folder: ResultsFolder, status: StudyStatus) -> None:
 
 
 def read_status(folder: ResultsFolder) -> StudyStatus | None:
-    """What `write_status` wrote last; None where the study never began, or where that is broken."""
+    """What `write_status` wrote last; None where the study never began, or where that is broken.
+
+    Keys that are not known, as those of a later version, are passed over.
+    """
     values = read_json(folder.status_file)
     if values is None:
         return None
     try:
-        live = tuple(LiveTrial(**{**trial, "stage": Stage(trial["stage"])}) for trial in values.pop("live"))
-        return StudyStatus(**values, live=live)
+        trials = (_known(LiveTrial, trial) for trial in values["live"])
+        live = tuple(LiveTrial(**{**trial, "stage": Stage(trial["stage"])}) for trial in trials)
+        return StudyStatus(**{**_known(StudyStatus, values), "live": live})
     except NO_ROW:
         return None
+
+
+def _known(kind: type[LiveTrial | StudyStatus], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 def standing_of(status: StudyStatus | None) -> Standing:

@@ -26,7 +26,8 @@ _LOOKS = re.compile(
     r"|eyJ[\w-]{8,2000}+\.[\w.-]+|AKIA[0-9A-Z]{12,})\b"
 )
 _BEARER = re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}")
-_IN_URL = re.compile(r"""(://[^/\s:]*:)([^/\s@]+(?:@[^/\s@"',]+)*)(@)""")  # user and password may hold @
+_IN_URL = re.compile(r"""(://[^/\s:]*:)(?!\d+@sha256:)([^/\s@]+(?:@[^/\s@"',]+)*)(@)""")
+"""User and password may hold @; a port before an image's digest is none."""
 _VALUE = r"""(?!"\$\w+")(?:"[^"]*"|'[^']*'|[^\s,;'"}\])]+)"""  # "$NAME" is no secret
 # NAME_TOKEN=..., "HF_TOKEN": "...", api_key='...', --api-key ..., '--hf-token', '...'
 # Only the end of a name tells: what may stand before it would be tried at each of its letters, in time of their square.

@@ -44,7 +44,7 @@ _TRAFFIC = re.compile(
 _ENGINES_OF_OURS = {"vllm", "simulated"}
 """Kinds that name no program."""
 _STATISTIC = re.compile(r"mean|p\d+")
-_ASSIGNED = re.compile(r"-{0,2}(?P<name>[\w.-]+)=(?!\$)(?P<value>.*)", re.DOTALL)
+_ASSIGNED = re.compile(r"""-{0,2}(?P<name>[\w.-]+)=(?!["']?\$)(?P<value>.*)""", re.DOTALL)
 """A word that gives a flag or a variable its value; one that a shell would look up is no value."""
 PLACEHOLDER = re.compile(r"\{([A-Za-z][\w.-]*)\}")
 """A name in braces in `engine.command`, in whose place a value goes."""
@@ -661,7 +661,7 @@ class Study(_Model):
             "workload.dataset": self.workload.dataset,
             "workload.trace": self.workload.trace,
             "engine.python": self.engine.python,
-            "model": Path(self.model) if self.model.startswith("/") else None,
+            "model": Path(self.model) if self.model.startswith("/") and self.engine.kind != "running" else None,
         }
         # A bare name is looked for on the path.
         return {key: path for key, path in named.items() if path is not None and path.is_absolute()}

@@ -145,4 +145,4 @@ class TrialRow:
     def from_dict(cls, values: Mapping[str, Any]) -> TrialRow:
         """The reverse of `to_dict`."""
         given = {"state": State(values["state"]), "result": TrialResult.from_dict(values["result"])}
-        return cls(**{**values, **given, "scores": tuple(values.get("scores", ()))})
+        return cls(**{**values, **given, "params": {**values["params"]}, "scores": tuple(values.get("scores", ()))})

@@ -5,7 +5,6 @@ Also of a study that runs or was killed. What is missing is empty, never made up
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import Standing, StudyStatus, read_status, standing_of
 from raytune_autotuner.report.verdict import Verdict, baseline_of, defaults_of
 from raytune_autotuner.report.wording import format_duration
+from raytune_autotuner.report.writing import read_json
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.space import format_value
@@ -116,8 +116,4 @@ def unit_of(metric: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return dict(mask_values(found)) if isinstance(found, dict) else {}
+    return dict(mask_values(read_json(path) or {}))
