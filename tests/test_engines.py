@@ -322,8 +322,9 @@ def test_a_port_that_speaks_another_protocol_is_told(tmp_path: Path) -> None:
 
 def test_a_url_with_a_control_character_is_called_one() -> None:
     engine = {"kind": "running", "base_url": "http://127.0.0.1:1/\x01"}
-    with pytest.raises(ConfigError, match=r"engine.base_url: .*x01.* is no URL"):
+    with pytest.raises(ConfigError, match=r"engine.base_url: .*x01.* is no URL") as refused:
         make_engine(study_of(engine)).preflight()
+    assert str(refused.value).isprintable()
 
 
 def _greet(listening: socket.socket) -> None:

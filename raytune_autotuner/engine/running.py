@@ -144,7 +144,7 @@ def _get(url: str, required: bool = False) -> Any:
     except urllib.error.HTTPError:
         return None
     except InvalidURL as error:
-        raise ConfigError(f"engine.base_url: {shown(url)} is no URL: {error}.") from error
+        raise ConfigError(f"engine.base_url: {shown(url)} is no URL: {shown(str(error))}.") from error
     except (OSError, HTTPException) as error:
         if not required:
             return None
