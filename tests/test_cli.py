@@ -248,9 +248,13 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
         {"engine": {"args": {"max-model-len": 39}}, "workload": {"prefix": {"tokens": 8}, "traffic": "D(24,8)"}},
         "engine.args.max-model-len: 39 tokens do not hold the longest request of the workload, 32 of prompt and 8 of",
     ),
-    "requests that may not fit": (
-        {"engine": {"args": {"max-model-len": 99}}, "workload": {"traffic": "U(1,60)/(1,40)"}},
-        "engine.args.max-model-len: 99 tokens do not hold the longest request of the workload, 60 of prompt and 40 of",
+    "requests of a restart that do not fit": (
+        {
+            "engine": {"args": {"max-model-len": 80}},  # which hold all that the search sends
+            "workload": {"traffic": "U(1,60)/(1,40)"},
+            "verify": {"top": 1},
+        },
+        "engine.args.max-model-len: 80 tokens do not hold the longest request of the workload, 56 of prompt and 37 of",
     ),
     "wrong direction": ({"objective": {"maximize": "ttft_ms_p90"}}, "lower is better; write minimize: ttft_ms_p90"),
     "unknown latency": ({"objective": {"slo": {"ttft": {"p90": 5}}}}, "no latency 'ttft'. Did you mean 'ttft_ms'?"),
