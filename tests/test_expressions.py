@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_autotuner.study.errors import ConfigError
@@ -119,7 +119,6 @@ def test_a_long_chain_within_the_limit_can_be_computed() -> None:
     assert parse_expression("(" * 30 + "a" + ")" * 30 + " == 4").holds(VALUES)
 
 
-@settings(deadline=None)
 @given(st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=30).map(" ".join), st.lists(WORDS).map("".join)))
 def test_any_text_is_an_expression_or_a_config_error_and_nothing_else(text: str) -> None:
     with suppress(ConfigError):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.hostile import STUDIES, examine
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(STUDIES)
 def test_a_hostile_study_is_refused_or_harmless(study: tuple[bytes, Sequence[str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -204,7 +204,7 @@ def by_pandas(sent: pd.DataFrame) -> dict[str, float]:
     }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(trials())
 def test_every_figure_comes_again_by_other_means_from_the_same_requests(load: list[RequestRecord]) -> None:
     levels = {label: summarize(sent, duration_s(sent), SLO) for label, sent in measured(load).items()}

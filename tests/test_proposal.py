@@ -288,7 +288,7 @@ def wishes(draw: st.DrawFn, which: Model) -> Wishes:
     return Wishes(which.name, traffic, slo, draw(st.sampled_from([None, 7.3, 60, 100_000])))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), which=models(), site=sites())
 def test_any_proposal_is_a_sound_study_that_fits(tmp_path: Path, data: st.DataObject, which: Model, site: Site) -> None:
     wanted = data.draw(wishes(which))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from raytune_autotuner.report.best import write_best
 from raytune_autotuner.report.html.evidence import gather
 from raytune_autotuner.report.progress import time_left_s, time_left_text, times_left_s, verification_progress
+from raytune_autotuner.report.recount import broken_files
 from raytune_autotuner.report.results import ResultsFolder, flat_row, read_result, write_result
 from raytune_autotuner.report.sparing import Sparing
 from raytune_autotuner.report.status import LiveTrial, StudyStatus, read_status, write_status
@@ -454,7 +455,7 @@ def test_the_status_is_read_back_and_knows_its_driver(folder: ResultsFolder) -> 
     assert status.driver_alive
     later = json.loads(folder.status_file.read_text())
     write_json(folder.status_file, {**later, "news": 1, "live": [{**later["live"][0], "news": 1}]})
-    assert (read_status(folder), folder.broken()) == (status, [])
+    assert (read_status(folder), broken_files(folder)) == (status, [])
     assert not replace(status, phase="finished").driver_alive
     assert not replace(status, pid_started=status.pid_started + 1).driver_alive
     assert not replace(status, host="elsewhere", updated_at=status.updated_at - 3600).driver_alive
@@ -512,7 +513,7 @@ def test_what_is_broken_is_done_without_or_named_and_never_a_traceback(folder: R
         break_it(folder.path / name)
     folder.add_suggestion(replace(running(5, setting(8)), trial_id="e"))
     for turn in range(3):  # no JSON, and the JSON of something else
-        assert folder.broken() == [name for name in without if turn == 0 or name != "versions.json"]
+        assert broken_files(folder) == [name for name in without if turn == 0 or name != "versions.json"]
         assert (folder.read_verdict(), read_status(folder), folder.read_versions()) == (None, None, {})
         assert read_result(folder.path / "trials/5-e") is None
         assert [row.number for row in folder.read_rows()] == [0, 1, 2, 3, 5]

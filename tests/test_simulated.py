@@ -70,7 +70,7 @@ def requests(most: int = 12) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
     return st.lists(one, min_size=1, max_size=most).map(tuple)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(serving_settings(), requests(), st.integers(1, 8))
 def test_each_request_gets_exactly_its_tokens_in_order(
     setting: Setting, asked: tuple[tuple[int, int], ...], concurrency: int
@@ -82,7 +82,7 @@ def test_each_request_gets_exactly_its_tokens_in_order(
         assert list(timeline.token_ms) == sorted(timeline.token_ms)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(serving_settings(), requests(), st.integers(200, 600))
 def test_the_kv_cache_and_the_batch_limits_hold_at_every_step(
     setting: Setting, asked: tuple[tuple[int, int], ...], tokens_in_cache: int
@@ -113,7 +113,7 @@ def test_requests_are_preempted_when_the_kv_cache_is_full() -> None:
     assert scheduler.counters.prompt_tokens == 4 * 80
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(serving_settings(), requests(), st.integers(0, 1000))
 def test_the_same_seed_gives_the_same_times(setting: Setting, asked: tuple[tuple[int, int], ...], seed: int) -> None:
     levels = [Level(asked, concurrency=2), Level.poisson(asked, request_rate_rps=50, seed=seed)]
@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_times(setting: Setting, asked: tuple[tuple
     assert simulate(setting, levels, seed) != simulate(setting, levels, seed + 1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(serving_settings(), st.integers(1, 20), st.integers(1, 20), st.integers(1, 300), st.integers(2, 30))
 def test_more_load_never_lowers_the_median_ttft(
     setting: Setting, low: int, more: int, prompt: int, output: int

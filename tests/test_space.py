@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from raytune_autotuner.study.errors import ConfigError
@@ -63,7 +63,6 @@ def only(raw: Any) -> Range | Choice:
     return parse_space({"x": raw}).parameters[0].distribution
 
 
-@settings(deadline=None)
 @given(distributions(), st.integers(0, 2**31))
 def test_every_sampled_value_is_contained(raw: dict[str, Any], seed: int) -> None:
     space = parse_space({"x": raw})
@@ -74,7 +73,6 @@ def test_every_sampled_value_is_contained(raw: dict[str, Any], seed: int) -> Non
     space.check_point({"x": value}, "point")
 
 
-@settings(deadline=None)
 @given(distributions())
 def test_the_bounds_are_contained_and_the_description_is_a_line(raw: dict[str, Any]) -> None:
     (parameter,) = parse_space({"x": raw}).parameters
@@ -83,7 +81,6 @@ def test_the_bounds_are_contained_and_the_description_is_a_line(raw: dict[str, A
     assert len(describe(parameter.distribution).splitlines()) == 1
 
 
-@settings(deadline=None)
 @given(distributions(), ANYTHING)
 def test_any_value_is_contained_or_not_and_never_an_error(raw: dict[str, Any], value: Any) -> None:
     distribution = only(raw)
@@ -91,7 +88,6 @@ def test_any_value_is_contained_or_not_and_never_an_error(raw: dict[str, Any], v
         assert distribution.low <= value <= distribution.high
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["int", "float", "choice", "bool", "log", "step", "when", "x"]), ANYTHING))
 def test_any_distribution_is_parsed_or_refused_by_a_config_error(raw: dict[str, Any]) -> None:
     with suppress(ConfigError):
@@ -198,7 +194,6 @@ def test_a_number_in_a_range_may_be_written_without_a_point() -> None:
         parse_space({"a": {"int": [1, "1e2"]}})
 
 
-@settings(deadline=None)
 @given(JSON)
 def test_a_value_on_the_command_line_is_one_text(value: Any) -> None:
     assert isinstance(format_value(value), str)

@@ -191,13 +191,11 @@ def test_what_json_could_not_hold_is_refused_wherever_it_stands(tmp_path: Path, 
     assert f"{key}" in refusal(tmp_path, yaml.safe_dump(MINIMAL), f"{key}={listed}")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_are_a_study_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     assert refusal(tmp_path_factory.getbasetemp(), content)
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="abstudymel:{}[]-&*!?|>'\"%@,#\n 01", max_size=60))
 def test_text_that_looks_like_yaml_is_a_study_or_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, content: str
@@ -217,13 +215,11 @@ def assert_taken_or_refused(read: Callable[[], object]) -> None:
     assert all(len(line) < 500 for line in lines)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(SECTIONS), TREES)
 def test_any_values_in_a_section_are_taken_or_refused_by_a_config_error(section: str, value: Any) -> None:
     assert_taken_or_refused(lambda: parse_study({**MINIMAL, section: value}))
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40), TREES)
 def test_any_override_is_taken_or_refused_by_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
@@ -263,7 +259,7 @@ def studies(draw: st.DrawFn) -> Study:
     return parse_study(raw)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(studies())
 def test_a_study_that_is_written_down_is_read_as_the_same(
     tmp_path_factory: pytest.TempPathFactory, study: Study

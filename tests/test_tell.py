@@ -359,7 +359,7 @@ def test_neither_a_failure_nor_a_missed_slo_is_on_optunas_front() -> None:
     assert [row.number for row in pareto_front(told.rows, ("maximize", "minimize"))] == [t.number for t in good]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([50, 200])), min_size=1, max_size=8))
 def test_our_front_is_optunas(trials: list[tuple[int, int, int]]) -> None:
     told = two_objectives()

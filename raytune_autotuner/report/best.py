@@ -88,10 +88,7 @@ def _worth_again(answer: Verdict, one: Contender) -> Iterator[str]:
 
 def _engine_config(study: Study, params: Params, model: str) -> str:
     """The setting for the engine's `--config`; environment variables, which that file cannot hold, as comments."""
-    setting = study.setting(params)
-    setting = {name: value for name, value in setting.items() if value is not None}
-    env = {name.removeprefix("env:"): value for name, value in setting.items() if name.startswith("env:")}
+    config, env = study.parts(params)
     lines = ["Set these in its environment first:"] if env else []
     lines += [f"  {mask(assignment(name, format_value(value)))}" for name, value in env.items()]
-    config = {name: value for name, value in setting.items() if not name.startswith("env:")}
     return comment(lines) + dump_yaml(mask_values({"model": model, **config}))

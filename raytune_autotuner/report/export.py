@@ -31,9 +31,9 @@ from raytune_autotuner.report.recheck import answer_of, said
 from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.verdict import Verdict
 from raytune_autotuner.report.wording import describe_params
-from raytune_autotuner.report.writing import read_json
 from raytune_autotuner.study.errors import ConfigError
 from raytune_autotuner.study.masking import is_secret, mask, mask_values
+from raytune_autotuner.study.paths import expanded
 from raytune_autotuner.study.space import Params, format_value
 from raytune_autotuner.study.study import Study
 from raytune_autotuner.study.trial import TrialRow
@@ -74,13 +74,10 @@ def describe(
     place: TrialRow | None = None,
 ) -> Serving:
     """What is served when `row`'s setting is; `place` is the trial that started it, if that is another one."""
-    setting = study.setting(row.params)
-    setting = {name: value for name, value in setting.items() if value is not None}
-    flags = {name: value for name, value in setting.items() if not name.startswith("env:")}
-    variables = {name.removeprefix("env:"): format_value(v) for name, v in setting.items() if name.startswith("env:")}
+    flags, variables = study.parts(row.params)
     versions = folder.read_versions()
     engine = dict(versions.get("engine") or {})
-    gpus = _gpus(study, setting, str(versions.get("cluster", "")), engine)
+    gpus = _gpus(study, flags, str(versions.get("cluster", "")), engine)
     secrets = tuple(name for name in variables if is_secret(name))
     return Serving(
         name=_dns_label(f"vllm-{study.study}"),
@@ -88,7 +85,7 @@ def describe(
         served_name=_served_name(study.model),
         arguments=tuple(mask(part) for part in as_flags(flags)),
         config={name: json.dumps(v) if isinstance(v, list) else v for name, v in mask_values(flags).items()},
-        env={name: value for name, value in variables.items() if name not in secrets},
+        env={name: format_value(value) for name, value in variables.items() if name not in secrets},
         image=image or _image(engine, gpus),
         gpus=gpus,
         provenance=_provenance(folder, study, row, answer, engine),
@@ -122,7 +119,7 @@ def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) ->
         raise ConfigError(f"--format {form}: is for one machine, but the engine spans {study.resources.nodes} nodes.")
     if form != "vllm":
         raise ConfigError(f"--format {form}: exists for vLLM only, but the study's engine is {study.engine.kind}.")
-    line = (read_json(folder.trial_dir(row.number, row.trial_id) / "command.json") or {}).get("launch")
+    line = folder.read_command(row).get("launch")
     if line is None:
         raise ConfigError(
             f"--trial {row.number}: has left no command.json that can be read, so its launch line is not known."
@@ -132,12 +129,13 @@ def _own_line(folder: ResultsFolder, study: Study, row: TrialRow, form: Form) ->
 
 def _model(folder: ResultsFolder, study: Study, trials: Sequence[TrialRow]) -> str:
     """A hub id, or a folder's whole path: of a bundled model the one that one of the trials loaded."""
-    if Path(study.model).expanduser().is_absolute():
-        return str(Path(study.model).expanduser())
+    path = expanded("model", study.model)
+    if path.is_absolute():
+        return str(path)
     if not study.model.startswith("bundled:"):
         return study.model
     for row in trials:
-        argv = (read_json(folder.trial_dir(row.number, row.trial_id) / "command.json") or {}).get("argv", [])
+        argv = folder.read_command(row).get("argv", [])
         for before, part in pairwise(argv):
             if before in ("--model", "serve"):
                 return str(part)

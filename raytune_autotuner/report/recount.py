@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from raytune_autotuner.report.course import requests_of
-from raytune_autotuner.report.results import ResultsFolder, read_result
+from raytune_autotuner.report.results import QUALITY, RESULT, SUGGESTION, ResultsFolder, read_result, read_suggestion
+from raytune_autotuner.report.status import read_status
 from raytune_autotuner.report.wording import format_number
+from raytune_autotuner.report.writing import read_json
 from raytune_autotuner.score.metrics import SAMPLES, EmptySample, told_by_requests
 from raytune_autotuner.score.objective import judged, metrics_of_requests
 from raytune_autotuner.study.failure import Blame
@@ -46,7 +49,7 @@ def recount(folder: ResultsFolder, study: Study, rows: Sequence[TrialRow]) -> Re
     gone = [row.number for row in with_figures if row.number not in again]
     found = _related([again.get(row.number, row) for row in rows])
     differences = [note for row, other in zip(rows, found, strict=True) if (note := _difference(row, other))]
-    lost = [*([_gone(gone)] if gone else []), *map(_broken, folder.broken())]
+    lost = [*([_gone(gone)] if gone else []), *map(_broken, broken_files(folder))]
     return Recount(tuple(found), len(again), (*differences, *lost))
 
 
@@ -97,6 +100,22 @@ def _gone(numbers: Sequence[int]) -> str:
     named = ", ".join(map(str, numbers[:_NAMED])) + (f" and {len(numbers) - _NAMED} more" if numbers[_NAMED:] else "")
     trials = f"trial {named}" if len(numbers) == 1 else f"trials {named}"
     return f"No requests that can be read (requests.parquet) are left of {trials}: these figures are the table's."
+
+
+def broken_files(folder: ResultsFolder) -> list[str]:
+    """Those of a run's JSON files that are there and cannot be read: all else is told without them."""
+    found = [
+        (folder.verdict_file, folder.read_verdict()),
+        (folder.status_file, read_status(folder)),
+        (folder.versions_file, read_json(folder.versions_file)),
+        *((path, read_suggestion(path)) for path in _of_trials(folder, SUGGESTION)),
+        *((path, read_result(path.parent, name)) for name in (QUALITY, RESULT) for path in _of_trials(folder, name)),
+    ]
+    return [str(path.relative_to(folder.path)) for path, read in found if read is None and path.is_file()]
+
+
+def _of_trials(folder: ResultsFolder, name: str) -> list[Path]:
+    return sorted(folder.trials_dir.glob(f"*/{name}"))
 
 
 def _broken(name: str) -> str:

@@ -40,6 +40,8 @@ TRIALS = "trials"
 """The folder of the trials' folders."""
 SUGGESTION = "trial.json"
 """A trial's row as it was suggested, in its folder: what is known of one until it has ended."""
+COMMAND = "command.json"
+"""How its engine was started, in its folder."""
 RESULT = "result.json"
 """What a trial came to, in its folder."""
 QUALITY = "quality.json"
@@ -236,24 +238,12 @@ class ResultsFolder:
         for entry in os.scandir(self.trials_dir) if self.trials_dir.is_dir() else ():
             number = entry.name.partition("-")[0]
             begun = number.isdecimal() and int(number) not in ended
-            if begun and (row := _read_suggestion(Path(entry.path, SUGGESTION))) is not None:
+            if begun and (row := read_suggestion(Path(entry.path, SUGGESTION))) is not None:
                 yield row  # where it is broken, nobody knows what it was to measure
 
-    def broken(self) -> list[str]:
-        """Those of its JSON files that are there and cannot be read: all else is told without them."""
-        from raytune_autotuner.report.status import read_status  # which imports this module
-
-        files = [
-            (self.verdict_file, self.read_verdict()),
-            (self.status_file, read_status(self)),
-            (self.versions_file, read_json(self.versions_file)),
-            *((path, _read_suggestion(path)) for path in self._of_trials(SUGGESTION)),
-            *((path, read_result(path.parent, name)) for name in (QUALITY, RESULT) for path in self._of_trials(name)),
-        ]
-        return [str(path.relative_to(self.path)) for path, found in files if found is None and path.is_file()]
-
-    def _of_trials(self, name: str) -> list[Path]:
-        return sorted(self.trials_dir.glob(f"*/{name}"))
+    def read_command(self, row: TrialRow) -> dict[str, Any]:
+        """How a trial's engine was started; empty where it was not, or where that is broken."""
+        return read_json(self.trial_dir(row.number, row.trial_id) / COMMAND) or {}
 
     def read_row(self, number: int) -> TrialRow:
         """The row of trial `number`; raises `ConfigError` where there is none."""
@@ -294,7 +284,8 @@ def read_result(trial_dir: Path, name: str = RESULT) -> TrialResult | None:
         return None
 
 
-def _read_suggestion(path: Path) -> TrialRow | None:
+def read_suggestion(path: Path) -> TrialRow | None:
+    """A trial as it was suggested, or None where nothing that can be read says so."""
     found = read_json(path)
     try:
         return None if found is None else TrialRow.from_dict(found)

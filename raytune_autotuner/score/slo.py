@@ -115,9 +115,11 @@ def samples(metrics: Mapping[str, float], name: str, at: str = "") -> float | No
 
     They are the completed requests, unless the metric is of a latency that not each of them has.
     """
-    own = measured(metrics, f"{SAMPLES.get(name.rpartition('_')[0])}{at}")
+    own = SAMPLES.get(name.rpartition("_")[0])
+    if own is not None and (count := measured(metrics, f"{own}{at}")) is not None:
+        return count
     sent, failed = (measured(metrics, f"{count}{at}") for count in ("requests", "requests_failed"))
-    return own if own is not None or sent is None or failed is None else sent - failed
+    return None if sent is None or failed is None else sent - failed
 
 
 def lacks_samples(metrics: Mapping[str, float], name: str, at: str = "") -> bool:

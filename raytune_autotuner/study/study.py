@@ -670,6 +670,13 @@ class Study(_Model):
         """All arguments and environment of a trial: the fixed ones, with `params` over them."""
         return {**self.fixed, **params}
 
+    def parts(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments of a trial, and its environment by the variables' own names; what is None is left out."""
+        given = {name: value for name, value in self.setting(params).items() if value is not None}
+        variables = {name: value for name, value in given.items() if name.startswith("env:")}
+        flags = {name: value for name, value in given.items() if name not in variables}
+        return flags, {name.removeprefix("env:"): value for name, value in variables.items()}
+
 
 def only_setting(study: Study, params: Params) -> Study:
     """`study` with nothing to search but `params`, so that they are checked as a search space is.

@@ -35,7 +35,7 @@ from raytune_autotuner.load.trouble import clock_trouble, starvation
 from raytune_autotuner.load.vllm_bench import BenchFailed
 from raytune_autotuner.load.workload import MAX_BISECTIONS, Level, between, generate, levels, warmup_requests
 from raytune_autotuner.report.logs import LogWriter
-from raytune_autotuner.report.results import QUALITY, RESULT, write_result
+from raytune_autotuner.report.results import COMMAND, QUALITY, RESULT, write_result
 from raytune_autotuner.report.writing import write_json
 from raytune_autotuner.score import slo
 from raytune_autotuner.score.quality import Quality, judge, loss
@@ -504,7 +504,7 @@ class Evaluation:
         self._log.write(self.stage, f"starting{bound} {' '.join(launch.argv)}")
 
     def _note(self, command: Mapping[str, Any]) -> None:
-        write_json(self.workdir / "command.json", {"params": dict(self.params), **command})
+        write_json(self.workdir / COMMAND, {"params": dict(self.params), **command})
 
     def _keep(self, result: TrialResult | None, said: str) -> None:
         """Write down what was measured; a disk that is full must not take it from those who wait for it.

@@ -18,7 +18,6 @@ from raytune_autotuner.report.results import ResultsFolder
 from raytune_autotuner.report.status import Standing, StudyStatus, read_status, standing_of
 from raytune_autotuner.report.verdict import Verdict, baseline_of, defaults_of
 from raytune_autotuner.report.wording import format_duration
-from raytune_autotuner.report.writing import read_json
 from raytune_autotuner.score.metrics import METRICS
 from raytune_autotuner.study.masking import mask_values
 from raytune_autotuner.study.space import format_value
@@ -92,7 +91,7 @@ class Evidence:
         """How the row's engine was started (`command.json`); empty where that was not written, or on dummy weights."""
         dummy = self.study.engine.search_weights == "dummy"
         places = [one for one in (started(row, self.rows), row) if one.verifies is not None or not dummy]
-        return next(filter(None, (_read_json(self.trial_dir(one) / "command.json") for one in places)), {})
+        return dict(mask_values(next(filter(None, map(self.folder.read_command, places)), {})))
 
 
 def gather(folder: ResultsFolder) -> Evidence:
@@ -100,7 +99,7 @@ def gather(folder: ResultsFolder) -> Evidence:
 
     Raises `ConfigError` where its study file is broken.
     """
-    study, status, versions = folder.load_study(), read_status(folder), _read_json(folder.versions_file)
+    study, status, versions = folder.load_study(), read_status(folder), dict(mask_values(folder.read_versions()))
     rows = [TrialRow.from_dict(mask_values(row.to_dict())) for row in folder.read_rows()]
     found = recount(folder, study, rows)
     answer = answer_of(folder, study, found.rows, versions)
@@ -113,7 +112,3 @@ def unit_of(metric: str) -> str:
     """The unit of a metric, at whatever load level; empty for a bare number."""
     known = METRICS.get(metric.partition("@")[0])
     return "" if known is None or known.unit == "1" else known.unit
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(mask_values(read_json(path) or {}))
